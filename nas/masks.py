@@ -191,7 +191,20 @@ def attach(
     sparse.set_scores(parameter.detach().abs())
     for owner, name in _owners(module, parameter):
         parametrize.register_parametrization(owner, name, sparse)
+        _read_afresh(owner)
     return sparse
+
+
+def _read_afresh(owner: nn.Module) -> None:
+    """A recurrent layer keeps the tensors it has read: they carry a graph and cannot be copied."""
+    if isinstance(owner, nn.RNNBase):
+        kind: Any = type(owner)  # of this one layer: parametrize made it
+        kind._flat_weights = property(_flat_weights, lambda owner, tensors: None)
+        owner.__dict__.pop("_flat_weights", None)
+
+
+def _flat_weights(owner: nn.RNNBase) -> list[Tensor]:
+    return [getattr(owner, name) for name in owner._flat_weights_names]
 
 
 def _parameter(module: nn.Module, path: str) -> nn.Parameter:
@@ -262,6 +275,8 @@ def bake(module: nn.Module) -> nn.Module:
     for place in _places(module).values():
         if parametrize.is_parametrized(place.owner, place.name):
             parametrize.remove_parametrizations(place.owner, place.name, leave_parametrized=False)
+        if isinstance(place.owner, nn.RNNBase):
+            place.owner._init_flat_weights()
     for parameter, value in masked:
         parameter.copy_(value)
     return module

@@ -190,9 +190,17 @@ def attach(
     sparse.to(parameter.device, parameter.dtype)
     sparse.set_scores(parameter.detach().abs())
     for owner, name in _owners(module, parameter):
+        _own_class(owner)
         parametrize.register_parametrization(owner, name, sparse)
         _read_afresh(owner)
     return sparse
+
+
+def _own_class(owner: nn.Module) -> None:
+    """Parametrize keeps its properties in a class, which a deep copy would share and break."""
+    if parametrize.is_parametrized(owner):
+        shared = type(owner)
+        owner.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
 
 
 def _read_afresh(owner: nn.Module) -> None:
@@ -274,6 +282,7 @@ def bake(module: nn.Module) -> nn.Module:
     masked = [(p.original, getattr(p.owner, p.name)) for p in _distinct(module).values()]
     for place in _places(module).values():
         if parametrize.is_parametrized(place.owner, place.name):
+            _own_class(place.owner)
             parametrize.remove_parametrizations(place.owner, place.name, leave_parametrized=False)
         if isinstance(place.owner, nn.RNNBase):
             place.owner._init_flat_weights()

@@ -1,3 +1,4 @@
+import codecs
 import gzip
 import os
 import pickle
@@ -167,6 +168,15 @@ def test_a_pickle_that_wants_to_run_something_is_refused_unrun(
     with pytest.raises(ValueError, match=r"data_batch_3: .*is no part of a numpy array: refused"):
         read_cifar10(tmp_path)
     assert not trap.exists()
+
+
+def test_a_pickle_may_not_pick_the_codec_of_its_bytes(tmp_path: Path) -> None:
+    write_cifar_bin(tmp_path / "binary")
+    write_cifar_py(tmp_path / "binary", tmp_path)
+    bomb = {"data": Call(codecs.encode, b"", "zlib"), "labels": [0]}
+    (tmp_path / "test_batch").write_bytes(pickle.dumps(bomb, protocol=4))
+    with pytest.raises(ValueError, match=r"test_batch: .*must be written as latin1, got b?'zlib'"):
+        read_cifar10(tmp_path)
 
 
 @given(st.data())

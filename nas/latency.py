@@ -1,0 +1,180 @@
+"""Measuring how long a network takes, beside its dense twin, in one interleaved run."""
+
+from __future__ import annotations
+
+import gc
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Call = Callable[[], Any]
+SPREAD_LIMIT = 0.1
+WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What one measurement found.
+
+    Attributes:
+        median_ms: median time of one call, milliseconds.
+        iqr_ms: distance between the quartiles of the rounds, milliseconds.
+        rounds: how many rounds the figures come from; a round is the mean of some calls.
+        reliable: whether every spread (iqr / median) is at most 10 %.
+        threads: intra-operator threads of torch while measuring.
+        core: the core that the process was pinned to, or None.
+        device: the kind of device, `cpu` or `cuda`.
+        twin_median_ms: the dense twin's median from the same rounds, or None without a twin.
+        twin_iqr_ms: the dense twin's spread, or None.
+    """
+
+    median_ms: float
+    iqr_ms: float
+    rounds: int
+    reliable: bool
+    threads: int
+    core: int | None
+    device: str
+    twin_median_ms: float | None = None
+    twin_iqr_ms: float | None = None
+
+    @property
+    def speedup(self) -> float | None:
+        """How many times faster than its twin, by the medians."""
+        return None if self.twin_median_ms is None else self.twin_median_ms / self.median_ms
+
+
+def measure(
+    packed: Callable[..., Any],
+    twin: Callable[..., Any] | None,
+    example: Tensor | tuple[Tensor, ...],
+    *,
+    threads: int = 1,
+    rounds: int = 30,
+    seconds: float = 0.3,
+) -> Timing:
+    """Measure `packed` and its dense `twin` on `example`, turn by turn.
+
+    Each round calls one after the other, as often as fills `seconds` over all rounds. With one
+    thread the calling thread is pinned to one core; threads, pin and garbage collector are put
+    back afterwards. A spread above 10 % is measured once more with twice the rounds, then
+    recorded as unreliable.
+
+    Args:
+        packed: what to measure, called as `packed(*example)` in inference mode.
+        twin: what to compare with, or None.
+        example: the inputs; their batch is the one measured, their device the one timed.
+        threads: torch's intra-operator threads.
+        rounds: rounds of the first measurement.
+        seconds: aim for the length of the first measurement.
+    """
+    inputs = (example,) if isinstance(example, Tensor) else example
+    device = inputs[0].device.type
+    calls = [lambda call=call: call(*inputs) for call in (packed, twin) if call is not None]
+    with torch.inference_mode(), using_threads(threads), pinned(threads == 1) as core, no_gc():
+        times = _rounds(calls, device, rounds, seconds)
+        if not all(map(_is_steady, times)):
+            times = _rounds(calls, device, 2 * rounds, 2 * seconds)
+    return _timing(times, threads, core, device)
+
+
+def _timing(times: list[list[float]], threads: int, core: int | None, device: str) -> Timing:
+    spreads = [(statistics.median(t) * 1e3, _iqr(t) * 1e3) for t in times]
+    twin = spreads[1] if len(spreads) > 1 else (None, None)
+    steady = all(map(_is_steady, times))
+    return Timing(*spreads[0], len(times[0]), steady, threads, core, device, *twin)
+
+
+def interleaved(calls: Sequence[Call], seconds: float, rounds: int) -> list[float]:
+    """Median seconds of each of `calls` (CPU), timed turn by turn for about `seconds` in all."""
+    return [statistics.median(times) for times in _rounds(calls, "cpu", rounds, seconds)]
+
+
+def _rounds(calls: Sequence[Call], device: str, rounds: int, seconds: float) -> list[list[float]]:
+    clock = _cuda_clock if device == "cuda" else _clock
+    for _ in range(WARM_UP - 1):
+        for call in calls:
+            call()
+    share = seconds / rounds / len(calls)
+    repeats = [max(1, int(share / clock(call, 1))) for call in calls]
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(rounds):
+        for taken, call, repeat in zip(times, calls, repeats, strict=True):
+            taken.append(clock(call, repeat))
+    return times
+
+
+def _clock(call: Call, repeat: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeat):
+        call()
+    return (time.perf_counter() - start) / repeat
+
+
+def _cuda_clock(call: Call, repeat: int) -> float:
+    event: Any = torch.cuda.Event
+    start, end = event(enable_timing=True), event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(repeat):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / repeat
+
+
+def _iqr(times: list[float]) -> float:
+    low, _, high = statistics.quantiles(times, n=4, method="inclusive")
+    return high - low
+
+
+def _is_steady(times: list[float]) -> bool:
+    return _iqr(times) <= SPREAD_LIMIT * statistics.median(times)
+
+
+@contextmanager
+def using_threads(threads: int | None) -> Iterator[None]:
+    """Set torch's intra-operator threads (None leaves them), and put them back."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if threads is None else threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def pinned(wanted: bool) -> Iterator[int | None]:
+    """Keep the calling thread on one core of those it may use; yields the core, or None.
+
+    Where the system knows no affinity nothing is pinned, and None says so.
+    """
+    if not wanted or not hasattr(os, "sched_setaffinity"):
+        yield None
+        return
+    before = os.sched_getaffinity(0)
+    core = max(before)
+    os.sched_setaffinity(0, {core})
+    try:
+        yield core
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@contextmanager
+def no_gc() -> Iterator[None]:
+    """Keep the garbage collector from running inside a measurement."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()

@@ -1,0 +1,7 @@
+"""Packing: from a masked module to the fastest network that computes the same."""
+
+from nas.packing.network import PackedNetwork
+from nas.packing.pack import pack
+from nas.packing.report import PackedLayer
+
+__all__ = ["PackedLayer", "PackedNetwork", "pack"]

@@ -1,0 +1,135 @@
+"""A layer as packing sees it: one product with what was fused into it, and the kernels for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import kernels
+
+aten = torch.ops.aten
+
+ACTIVATIONS: dict[str, tuple[Any, tuple[Any, ...]] | None] = {
+    "none": None,
+    "relu": (aten.relu_.default, ()),
+    "relu6": (aten.hardtanh_.default, (0.0, 6.0)),
+    "silu": (aten.silu_.default, ()),
+    "gelu": (aten.gelu_.default, ()),
+}
+
+
+@dataclass(frozen=True)
+class ConvArgs:
+    """How a 2-D convolution walks: symmetric padding, pairs are (height, width)."""
+
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A linear map (`conv` is None) or 2-D convolution, its bias and its activation.
+
+    Attributes:
+        name: the path of the weight's module, as the user wrote it.
+        weight: float32, (out, in) or (out, in / groups, kh, kw).
+        bias: float32, (out,), or None.
+        conv: the convolution's arguments, or None for a linear map.
+        activation: a key of `ACTIVATIONS`.
+    """
+
+    name: str
+    weight: Tensor
+    bias: Tensor | None
+    conv: ConvArgs | None = None
+    activation: str = "none"
+
+    @property
+    def operation(self) -> str:
+        """`linear` or `conv2d`."""
+        return "linear" if self.conv is None else "conv2d"
+
+    @property
+    def sparsity(self) -> float:
+        """The share of zeros in the weight."""
+        return 1.0 - int(torch.count_nonzero(self.weight)) / max(1, self.weight.numel())
+
+    @cached_property
+    def packed(self) -> kernels.Packed:
+        """The weight for the sparse kernels, packed when first asked for."""
+        if self.conv is None:
+            return kernels.pack_linear(self.weight)
+        return kernels.pack_conv2d(self.weight, self.conv.groups)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Apply the layer densely."""
+        return dense_kernel(self)(x)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operator call: `target(x, *args)`."""
+
+    target: Callable[..., Tensor]
+    args: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A named way to compute a layer or a run of layers: steps, each fed the one before."""
+
+    name: str
+    steps: tuple[Step, ...]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Apply all steps to `x`."""
+        for step in self.steps:
+            x = step.target(x, *step.args)
+        return x
+
+
+def dense_kernel(layer: Layer) -> Kernel:
+    """PyTorch's own kernel for `layer`, the activation in place on its result."""
+    activation = ACTIVATIONS[layer.activation]
+    after = () if activation is None else (Step(*activation),)
+    return Kernel("dense", (_dense_product(layer), *after))
+
+
+def _dense_product(layer: Layer) -> Step:
+    if layer.conv is None:
+        return Step(aten.linear.default, (layer.weight, layer.bias))
+    conv = layer.conv
+    walk = (list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups)
+    return Step(aten.conv2d.default, (layer.weight, layer.bias, *walk))
+
+
+def sparse_kernel(layer: Layer) -> Kernel:
+    """The sparse operator for `layer`, bias and activation fused."""
+    ops = torch.ops.sparse_nas
+    out = layer.weight.shape[0]
+    if layer.conv is None:
+        args = (layer.packed.data, layer.bias, out, layer.activation)
+        return Kernel("sparse_linear", (Step(ops.sparse_linear.default, args),))
+    conv = layer.conv
+    walk = [list(pair) for pair in (conv.stride, conv.padding, conv.dilation)]
+    size = list(layer.weight.shape[2:])
+    all_args = (layer.packed.data, layer.bias, out, size, *walk, conv.groups, layer.activation)
+    return Kernel("sparse_conv2d", (Step(ops.sparse_conv2d.default, all_args),))
+
+
+def rounding_bound(layer: Layer, x: Tensor) -> Tensor:
+    """How far two right float32 results for `layer(x)` may lie apart, per output element.
+
+    A sum's rounding error scales with the sum of its terms' magnitudes, not with its value; the
+    activations stretch a difference by at most 1.13.
+    """
+    bias = None if layer.bias is None else layer.bias.abs()
+    magnitude = Layer(layer.name, layer.weight.abs(), bias, layer.conv)(x.abs())
+    return magnitude.mul_(1e-5)

@@ -1,0 +1,111 @@
+"""The packed network: what `nas.pack` gives back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_unflatten
+
+from nas.packing.report import PackedLayer, table
+from nas.packing.trace import batched
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What inputs a traced network holds for: dtypes, and all sizes but the batch's.
+
+    Attributes:
+        tails: for each input its shape without the batch.
+        batched: for each input whether its first dimension is the batch.
+        dtypes: for each input its dtype.
+    """
+
+    tails: tuple[torch.Size, ...]
+    batched: tuple[bool, ...]
+    dtypes: tuple[torch.dtype, ...]
+
+    @staticmethod
+    def of(example: tuple[Tensor, ...]) -> Signature:
+        """The signature of `example`."""
+        carries = batched(example)
+        tails = tuple(t.shape[c:] for t, c in zip(example, carries, strict=True))
+        return Signature(tails, carries, tuple(t.dtype for t in example))
+
+    def check(self, inputs: tuple[Tensor, ...]) -> None:
+        """Raise ValueError where `inputs` are not what was traced."""
+        if len(inputs) != len(self.tails):
+            raise ValueError(f"PackedNetwork: takes {len(self.tails)} inputs, got {len(inputs)}")
+        size = inputs[0].shape[0] if self.batched[0] else 0
+        parts = zip(inputs, self.tails, self.batched, self.dtypes, strict=True)
+        for index, (x, tail, carries, dtype) in enumerate(parts):
+            shape = (size, *tail) if carries else tail
+            if x.shape != shape or x.dtype != dtype:
+                raise ValueError(
+                    f"PackedNetwork: input {index} was packed as {self._say(index)}, "
+                    f"got {tuple(x.shape)} {x.dtype}"
+                )
+
+    def _say(self, index: int) -> str:
+        batch = ("batch",) if self.batched[index] else ()
+        shape = ", ".join(map(str, (*batch, *self.tails[index])))
+        return f"({shape}) {self.dtypes[index]}"
+
+
+class PackedNetwork(nn.Module):
+    """A network for inference with the fastest kernel found for each of its layers.
+
+    Gives what the masked module gives in eval mode, within float32 rounding, on any batch.
+    Gradients are never recorded.
+
+    Attributes:
+        body: the traced graph, lowered to kernels, or the copy whose layers were exchanged.
+        layers: one row for each call of a layer, in order of execution.
+        notes: what was not packed, and why.
+        signature: the inputs that a traced body holds for; None where layers were exchanged.
+    """
+
+    def __init__(
+        self,
+        body: nn.Module,
+        layers: tuple[PackedLayer, ...],
+        notes: tuple[str, ...],
+        signature: Signature | None = None,
+        out_spec: TreeSpec | None = None,
+    ) -> None:
+        super().__init__()
+        self.body = body
+        self.layers = layers
+        self.notes = notes
+        self.signature = signature
+        self._out_spec = out_spec
+        super().train(False)
+
+    def forward(self, *inputs: Tensor) -> Any:
+        """Apply the network.
+
+        Raises:
+            ValueError: where an input is not shaped as what was packed (the batch is free).
+        """
+        if self.signature is not None:
+            self.signature.check(inputs)
+        if not torch.is_grad_enabled():
+            return self._run(inputs)
+        with torch.no_grad():
+            return self._run(inputs)
+
+    def _run(self, inputs: tuple[Tensor, ...]) -> Any:
+        result = self.body.forward(*inputs)
+        return result if self._out_spec is None else tree_unflatten(result, self._out_spec)
+
+    def train(self, mode: bool = True) -> PackedNetwork:
+        """Refuse training mode: a packed network is for inference."""
+        if mode:
+            raise ValueError("PackedNetwork: is for inference, train(True) has no meaning")
+        return self
+
+    def explain(self) -> str:
+        """A table of every layer: its kernel, its time and dense's, and what was left out."""
+        return table(self.layers, self.notes)

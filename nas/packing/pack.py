@@ -1,0 +1,167 @@
+"""`pack`: trace, fuse, tune, lower, check; or exchange layers where there is no graph."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Interpreter, Node
+from torch.utils._pytree import tree_leaves
+
+from nas.latency import using_threads
+from nas.masks import bake
+from nas.packing.exchange import exchange
+from nas.packing.fuse import fuse
+from nas.packing.layer import Layer
+from nas.packing.lower import Placement, lower
+from nas.packing.network import PackedNetwork, Signature
+from nas.packing.report import describe
+from nas.packing.trace import Trace, Untraceable, batch_of, batched, slow_attention, trace
+from nas.packing.tune import Choice, choose
+
+log = logging.getLogger("nas")
+TOLERANCE = 1e-3
+
+
+def pack(
+    module: nn.Module,
+    example_input: Tensor | tuple[Tensor, ...],
+    *,
+    kernels: Literal["auto", "dense"] = "auto",
+    threads: int | None = None,
+) -> PackedNetwork:
+    """Make the network for inference out of a masked module.
+
+    Masks are baked into a copy, which is traced by `torch.export` with a free batch dimension;
+    batch norm, bias and activation are fused into the products before them, and every product
+    gets the fastest kernel that computes the same, the dense one included, as measured at the
+    example's batch. Where tracing fails, layers are exchanged one by one in the copy; the reason
+    is logged and kept in `notes`.
+
+    Args:
+        module: any module; it is left as it is.
+        example_input: float32 tensor or a tuple of tensors on the CPU, the batch first.
+        kernels: `auto`, or `dense` for the dense twin: the same path, dense kernels only.
+        threads: torch's threads while measuring; None for those set.
+
+    Raises:
+        ValueError: where the example is empty or `kernels` is unknown.
+        TypeError: where the example holds anything but tensors.
+    """
+    example = _checked(example_input, kernels)
+    plain = bake(copy.deepcopy(module)).eval().requires_grad_(False)
+    with using_threads(threads), torch.no_grad():
+        _run(plain, example)
+        try:
+            return _from_graph(plain, example, kernels == "auto")
+        except Untraceable as reason:
+            log.warning("pack: layers are exchanged one by one: %s", reason)
+            return _by_exchange(plain, example, kernels == "auto", str(reason))
+
+
+def _checked(example: Tensor | tuple[Tensor, ...], kernels: str) -> tuple[Tensor, ...]:
+    inputs = (example,) if isinstance(example, Tensor) else tuple(example)
+    if kernels not in ("auto", "dense"):
+        raise ValueError(f"pack: kernels must be 'auto' or 'dense', got {kernels!r}")
+    if not inputs or not all(isinstance(x, Tensor) for x in inputs):
+        kinds = ", ".join(type(x).__name__ for x in inputs)
+        raise TypeError(f"pack: example_input must be a tensor or a tuple of them, got ({kinds})")
+    if inputs[0].dim() == 0 or inputs[0].numel() == 0:
+        shape = tuple(inputs[0].shape)
+        raise ValueError(f"pack: example_input needs a batch of at least 1, got shape {shape}")
+    return inputs
+
+
+def _run(module: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
+    """Call `module` on clones (it may write into its inputs), attention not fused."""
+    with slow_attention():
+        return module(*(tensor.clone() for tensor in inputs))
+
+
+def _from_graph(plain: nn.Module, example: tuple[Tensor, ...], sparse: bool) -> PackedNetwork:
+    traced = trace(plain, example)
+    paths = {id(parameter): path for path, parameter in plain.named_parameters()}
+    notes = fuse(traced.module, paths)
+    choices = _tune(traced.module, example, sparse)
+    notes += tuple(choice.note for choice in choices.values() if choice.note)
+    placements = [Placement((node,), choice.kernel) for node, choice in choices.items()]
+    body = _single_output(traced, lower(traced.module, placements))
+    spec = None if traced.out_spec.is_leaf() else traced.out_spec
+    layers = tuple(describe(choice) for choice in choices.values())
+    network = PackedNetwork(body, layers, notes, Signature.of(example), spec)
+    _verify(network, plain, example)
+    return network
+
+
+def _by_exchange(
+    plain: nn.Module, example: tuple[Tensor, ...], sparse: bool, reason: str
+) -> PackedNetwork:
+    body, choices, left_out = exchange(plain, example, sparse)
+    notes = [f"layers exchanged one by one: {reason}", *left_out]
+    notes += [choice.note for choice in choices if choice.note]
+    return PackedNetwork(body, tuple(map(describe, choices)), tuple(notes))
+
+
+class _Tuner(Interpreter):
+    """Runs a graph and chooses each layer's kernel on the very input that reaches it."""
+
+    def __init__(self, module: GraphModule, sparse: bool) -> None:
+        super().__init__(module)
+        self.sparse = sparse
+        self.choices: dict[Node, Choice] = {}
+
+    def run_node(self, n: Node) -> Any:
+        if isinstance(n.target, Layer):
+            (x,), _ = self.fetch_args_kwargs_from_env(n)
+            self.choices[n] = choose(n.target, x, self.sparse)
+        return super().run_node(n)
+
+
+def _tune(module: GraphModule, example: tuple[Tensor, ...], sparse: bool) -> dict[Node, Choice]:
+    tuner = _Tuner(module, sparse)
+    tuner.run(*(tensor.clone() for tensor in example))
+    return tuner.choices
+
+
+def _single_output(traced: Trace, body: GraphModule) -> GraphModule:
+    """A network of one output returns it bare; others return the flat list of them."""
+    if traced.out_spec.is_leaf():
+        output = body.graph.output_node()
+        output.args = (output.args[0][0],)  # type: ignore[index]
+        body.recompile()
+    return body
+
+
+def _verify(network: PackedNetwork, plain: nn.Module, example: tuple[Tensor, ...]) -> None:
+    """Raise Untraceable where the graph does not hold for other batches than the traced one."""
+    for inputs in _batches(example):
+        try:
+            expected = tree_leaves(_run(plain, inputs))
+        except Exception:  # the module itself refuses this batch: then nothing is to be matched
+            continue
+        _compare(tree_leaves(_run(network, inputs)), expected, batch_of(inputs))
+
+
+def _batches(example: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
+    yield example
+    carries = batched(example)
+    parts = list(zip(example, carries, strict=True))
+    yield tuple(x[:1] if carried else x for x, carried in parts)
+    yield tuple(torch.cat([x, x[:1]]) if carried else x for x, carried in parts)
+
+
+def _compare(results: list[Any], expected: list[Any], batch: int) -> None:
+    for result, right in zip(results, expected, strict=True):
+        if not isinstance(right, Tensor):
+            same = result == right
+        elif result.shape != right.shape:
+            same = False
+        else:
+            scale = float(right.abs().max()) if right.numel() else 0.0
+            same = torch.allclose(result, right, rtol=TOLERANCE, atol=TOLERANCE * scale)
+        if not same:
+            raise Untraceable(f"the traced graph gives another output at batch {batch}")

@@ -70,6 +70,7 @@ class SparseWeight(nn.Module):
         masks: (K, *shape) of 0 and 1 in the weight's dtype (measured on a CPU, reading a weight is
             2 to 3 times faster than with bool masks).
         scores: learned scores of the weight's shape, None unless `learn` was called.
+        frozen: whether the masks are fixed although there are scores.
     """
 
     masks: Tensor
@@ -95,6 +96,7 @@ class SparseWeight(nn.Module):
             self.mixture.add(choice, len(options))
         self.register_buffer("masks", torch.ones(len(options), *shape))
         self.register_parameter("scores", None)
+        self.frozen = False
 
     @property
     def open(self) -> bool:
@@ -103,7 +105,7 @@ class SparseWeight(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """The masked (open: mixed) weight, of the weight's shape."""
-        if self.scores is None:
+        if self.scores is None or self.frozen:
             return weight * self._mix(self.masks)
         scores = self.scores.abs()
         self.set_scores(scores.detach())
@@ -135,14 +137,18 @@ class SparseWeight(nn.Module):
         dense = weight.detach()
         fan_in = prod(dense.shape[1:])
         largest = dense.abs().max().clamp_min(torch.finfo(dense.dtype).tiny)
-        self.scores = nn.Parameter((6 / fan_in) ** 0.5 * dense / largest)
+        self.scores, self.frozen = nn.Parameter((6 / fan_in) ** 0.5 * dense / largest), False
 
     @torch.no_grad()
-    def freeze(self) -> None:
-        """Fixes the masks that the learned scores give now, and drops the scores."""
-        if self.scores is not None:
+    def refresh(self) -> None:
+        """Brings the masks up to date with learned scores, unless they are frozen."""
+        if self.scores is not None and not self.frozen:
             self.set_scores(self.scores.abs())
-            self.scores = None
+
+    def freeze(self) -> None:
+        """Fixes the masks that the learned scores give now; learning may go on from the scores."""
+        self.refresh()
+        self.frozen = True
 
     def extra_repr(self) -> str:
         """The options' labels and the choice."""
@@ -335,10 +341,10 @@ def load_training_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
 def _slots(module: nn.Module) -> dict[str, Tensor]:
     slots = _plain_state(module) | {p: place.original for p, place in _places(module).items()}
     for path, sparse in sparse_weights(module).items():
-        if sparse.scores is not None:
-            sparse.set_scores(sparse.scores.abs())
-            slots[f"{path}#scores"] = sparse.scores
+        sparse.refresh()
         slots[f"{path}#masks"] = sparse.masks
+        if sparse.scores is not None:
+            slots[f"{path}#scores"] = sparse.scores
     return slots
 
 

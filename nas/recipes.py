@@ -80,7 +80,8 @@ class Magnitude:
         stairs = ceil((self.end - self.begin) / self.every)
         time = step / last if last else 1.0
         progress = (time - self.begin) / (self.end - self.begin)
-        return min(max(floor(progress * stairs) / stairs, 0.0), 1.0)
+        stair = floor(progress * stairs + 1e-9)  # 12.999... is stair 13
+        return min(max(stair / stairs, 0.0), 1.0)
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ class LearnedScores:
         """Changes nothing: the optimiser changes the scores."""
 
     def finish(self, module: nn.Module) -> None:
-        """Fixes the masks and drops the scores."""
+        """Fixes the masks; the scores stay, so that a larger budget can go on from them."""
         for weight in sparse_weights(module).values():
             weight.freeze()
 

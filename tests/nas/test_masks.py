@@ -288,8 +288,24 @@ def test_learned_scores_decide_the_mask_until_they_are_frozen() -> None:
         sparse.scores.copy_(torch.tensor([[-4.0, 1.0, 3.0, 2.0]]))
     assert layer.weight.ne(0).tolist() == [[True, False, True, False]]
     sparse.freeze()
-    assert sparse.scores is None and "scores" not in dict(sparse.named_parameters())
+    with torch.no_grad():
+        sparse.scores.copy_(torch.tensor([[0.0, 1.0, 0.0, 2.0]]))
     assert layer.weight.ne(0).tolist() == [[True, False, True, False]]
+
+
+def test_frozen_scores_are_kept_and_can_learn_on() -> None:
+    module = nn.Linear(4, 1)
+    sparse = attach(module, "weight", HALF)
+    sparse.learn(original(module, "weight"))
+    sparse.freeze()
+    state = training_state(module)
+    assert state.keys() == {"weight", "bias", "weight#masks", "weight#scores"}
+    sparse.learn(torch.ones(1, 4))
+    load_training_state(module, state)
+    torch.autograd.backward(module.weight.sum())
+    assert sparse.scores is not None and sparse.scores.grad is not None
+    assert torch.equal(sparse.masks, state["weight#masks"])
+    assert bake(module).state_dict().keys() == {"weight", "bias"}
 
 
 def test_scores_of_an_open_weight_learn_through_every_option() -> None:

@@ -100,6 +100,12 @@ class PackedNetwork(nn.Module):
         result = self.body.forward(*inputs)
         return result if self._out_spec is None else tree_unflatten(result, self._out_spec)
 
+    def empty(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """`inputs` with a batch of 0, for a traced network."""
+        assert self.signature is not None
+        parts = zip(inputs, self.signature.batched, strict=True)
+        return tuple(x[:0] if carries else x for x, carries in parts)
+
     def train(self, mode: bool = True) -> PackedNetwork:
         """Refuse training mode: a packed network is for inference."""
         if mode:

@@ -58,9 +58,10 @@ def pack(
         _run(plain, example)
         try:
             return _from_graph(plain, example, kernels == "auto")
-        except Untraceable as reason:
+        except Exception as error:  # whatever a graph cannot do, exchanging can; the log says why
+            reason = str(error) if isinstance(error, Untraceable) else repr(error)
             log.warning("pack: layers are exchanged one by one: %s", reason)
-            return _by_exchange(plain, example, kernels == "auto", str(reason))
+            return _by_exchange(plain, example, kernels == "auto", reason)
 
 
 def _checked(example: Tensor | tuple[Tensor, ...], kernels: str) -> tuple[Tensor, ...]:

@@ -1,0 +1,180 @@
+"""From a graph to a module: a plain network where nothing is open, a supernet where something is.
+
+A supernet mixes operations on their outputs, and what shares a tensor (sparsity, width) on the
+weight: one convolution, whatever the number of options. It is built from the graph as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nas.choices import Choice, Decision, When
+from nas.graph import INPUT, Graph, Node, weight_path
+from nas.masks import Mixture, attach, original, sparse_weights
+from nas.modules import Zero
+from nas.operations import Operation
+
+
+class Network(nn.Module):
+    """The module of a graph; with choices left open, the supernet.
+
+    Args:
+        graph: A settled graph.
+        still_open: The choices that it leaves open.
+        masked: Whether weights get the masks of their sparsity; without, it is the dense twin.
+
+    Attributes:
+        mixture: Weights of every open choice, uniform until set. A subset is summed without
+            weights until `mixture.add(name, items)` gives it some.
+    """
+
+    def __init__(
+        self, graph: Graph, still_open: Iterable[Decision] = (), masked: bool = True
+    ) -> None:
+        super().__init__()
+        self.mixture, shapes = Mixture(), graph.shapes()
+        self._open = {c.name: c for c in still_open if isinstance(c, Choice)}
+        for name, choice in self._open.items():
+            self.mixture.add(name, len(choice.open_labels))
+        self._steps = [self._step(node, shapes) for node in graph.nodes.values()]
+        self._output = graph.output
+        if masked:
+            self._attach_masks(graph)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, *input_shape) to the output of the graph's last node."""
+        values = {INPUT: x}
+        for step in self._steps:
+            values[step.node.name] = step([values[i] for i in step.node.inputs], self.mixture)
+        return values[self._output]
+
+    def _step(self, node: Node, shapes: Mapping[str, Any]) -> _Step:
+        inputs = [shapes[i] for i in node.inputs]
+        built = [self._place(node, x, op, inputs) for x, op in node.candidates().items()]
+        width, when = getattr(node.operation, "out", None), node.when
+        maybe = self._open.get(when.choice) if when is not None else None
+        factors = _width_factors(width) if isinstance(width, Choice) else None
+        return _Step(node, built, factors, _indices(maybe, when))
+
+    def _place(self, node: Node, label: Any, op: Operation, inputs: Sequence[Any]) -> nn.Module:
+        """Build a candidate and hold it where its weights' names say."""
+        *folders, last = weight_path(node, label, "").split(".")
+        parent: nn.Module = self
+        for folder in folders:
+            if not hasattr(parent, folder):
+                parent.add_module(folder, nn.Module())
+            parent = parent.get_submodule(folder)
+        parent.add_module(last, op.module(*inputs))
+        return parent.get_submodule(last)
+
+    def _attach_masks(self, graph: Graph) -> None:
+        for _, _, layer in graph.layers():
+            if isinstance(layer.sparsity, Choice):
+                options = [value for _, value in layer.sparsity.options]
+                attach(self, layer.path, options, layer.sparsity.name, self.mixture)
+            elif layer.sparsity.ratio > 0:
+                attach(self, layer.path, [layer.sparsity])
+
+
+@dataclass
+class _Step:
+    """One node at work: its candidates on its inputs, mixed where something is open.
+
+    `widths` (options, widest) masks the channels beyond each width, `present` are the options
+    under which the node exists.
+    """
+
+    node: Node
+    modules: list[nn.Module]
+    widths: Tensor | None = None
+    present: list[int] = field(default_factory=list)
+
+    def __call__(self, xs: list[Tensor], mixture: Mixture) -> Tensor:
+        keep, when = self.node.keep, self.node.when
+        if keep is not None and keep.name in mixture.names():
+            xs = [w * x for w, x in zip(mixture[keep.name], xs, strict=True)]
+        y = self._mixed(xs, mixture)
+        if self.widths is not None:
+            factor = mixture[self.node.operation.out.name].to(y) @ self.widths.to(y)
+            y = y * factor.reshape(-1, *[1] * (y.ndim - 2))
+        if self.present and when is not None:
+            y = torch.lerp(xs[0], y, mixture[when.choice][self.present].sum().to(y))
+        return y
+
+    def _mixed(self, xs: list[Tensor], mixture: Mixture) -> Tensor:
+        choice = self.node.operation
+        if not isinstance(choice, Choice):
+            return self.modules[0](*xs)
+        weighted = zip(mixture[choice.name], self.modules, strict=True)
+        first, *rest = [w.to(xs[0]) * m(*xs) for w, m in weighted if not isinstance(m, Zero)]
+        return sum(rest, first)
+
+
+def _width_factors(width: Choice) -> Tensor:
+    sizes = torch.tensor(width.open_labels)[:, None]
+    return (torch.arange(int(sizes.max()))[None] < sizes).float()
+
+
+def _indices(choice: Choice | None, when: When | None) -> list[int]:
+    if choice is None or when is None:
+        return []
+    return [choice.open_labels.index(x) for x in when.among]
+
+
+@torch.no_grad()
+def inherit(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Give a module the weights of a larger one, by key: leading slices, kernels cropped.
+
+    Masks are then those of the magnitudes. Batch-norm statistics come along; recalibrate them.
+
+    Args:
+        module: Any module; its keys are those of `nas.masks.training_state`.
+        state: Weights of a supernet, or of a wider architecture.
+
+    Raises:
+        ValueError: A key that is missing, or a tensor too small to be sliced.
+    """
+    paths = [*dict(module.named_buffers()), *dict(module.named_parameters())]
+    names = [_plain(p) for p in paths if _plain(p)]
+    fits = {name: _slice(name, original_or_buffer(module, name), state) for name in names}
+    for name, value in fits.items():
+        original_or_buffer(module, name).copy_(value)
+    for path, sparse in sparse_weights(module).items():
+        sparse.set_scores(original(module, path).abs())
+
+
+def original_or_buffer(module: nn.Module, name: str) -> Tensor:
+    """The dense Parameter behind a key, or the buffer of that name."""
+    buffers = dict(module.named_buffers())
+    return buffers[name] if name in buffers else original(module, name)
+
+
+def _plain(path: str) -> str:
+    """The user's own key for a parameter's path; empty for what belongs to a mask."""
+    if "parametrizations." not in path:
+        return path
+    owner, _, rest = path.partition("parametrizations.")
+    name, _, kind = rest.partition(".")
+    return owner + name if kind == "original" else ""
+
+
+def _slice(name: str, target: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+    if name not in state:
+        raise ValueError(f"{name}: not among the weights to inherit")
+    value = state[name]
+    fits = value.ndim == target.ndim and all(
+        a >= b for a, b in zip(value.shape, target.shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            f"{name}: cannot cut shape {tuple(target.shape)} out of {tuple(value.shape)}"
+        )
+    for dim, size in enumerate(target.shape):
+        start = (value.shape[dim] - size) // 2 if dim >= 2 else 0
+        value = value.narrow(dim, start, size)
+    return value

@@ -1,0 +1,1 @@
+"""The C core: its sources, its build at first use, and the library that the operators call."""

@@ -1,0 +1,246 @@
+// Sparse convolution, NCHW in and out. A 1x1 reads its input in place. Any other copies a band of rows
+// (or several images) of one group into padded planes, in which every tap is one offset and outputs lie
+// in one line with a few lanes between rows that nobody stores.
+#pragma once
+#include "axis.h"
+#include "panel.h"
+#include "threads.h"
+
+namespace sn {
+
+struct Conv {
+  const Header* h;
+  const float* x;
+  float* y;
+  int64_t images;
+  Axis rows, cols;
+  Rows w;
+  int threads;
+
+  int64_t group_rows() const { return h->rows / h->groups; }
+  int64_t in_plane() const { return rows.in * cols.in; }
+  int64_t out_plane() const { return rows.out * cols.out; }
+  const float* in(int64_t image, int64_t channel) const {
+    return x + (image * h->groups * h->channels + channel) * in_plane();
+  }
+  double multiply_adds() const {
+    return static_cast<double>(h->entries) * h->block * static_cast<double>(out_plane() * images);
+  }
+};
+
+// --- in place: 1x1, stride 1, no padding
+
+struct Plain {
+  float* y;
+  int64_t plane;
+  template <int N>
+  void operator()(int64_t row, const vf (&acc)[N]) const {
+    for (int v = 0; v < N; ++v) store(y + row * plane + v * V, acc[v]);
+  }
+};
+
+static inline bool in_place(const Conv& c) {
+  const bool pointwise = c.rows.taps == 1 && c.cols.taps == 1 && c.rows.stride == 1 && c.cols.stride == 1 &&
+                         c.rows.pad == 0 && c.cols.pad == 0;
+  // planes a multiple of 1 KiB apart fall into the same few sets of the first-level cache
+  return pointwise && c.in_plane() >= V && (c.in_plane() % 256 != 0 || c.h->channels <= 8);
+}
+
+static void conv_in_place(const Conv& c) {
+  const int64_t size = c.out_plane(), vectors = (size + V - 1) / V, groups = c.h->groups;
+  const int64_t splits = std::min(vectors, std::max<int64_t>(1, ceil_pos(c.threads, c.images * groups)));
+  const int units = static_cast<int>(c.group_rows() / c.h->block);
+  Rows w = c.w;
+  w.stride = size;
+  parallel(c.images * groups * splits, c.threads, [&, w](int64_t task) {
+    const int64_t part = task % splits, group = task / splits % groups, image = task / splits / groups;
+    const float* x = c.in(image, group * c.h->channels);
+    float* y = c.y + image * c.h->rows * size;
+    float* partial = scratch.get<float>(kPartial, c.group_rows() * kWidest * V);
+    // the last panel ends with the plane and may compute some pixels a second time
+    const auto start = [=](int64_t begin, int64_t end) { return end == vectors ? size - (end - begin) * V : begin * V; };
+    const auto run = [&](int64_t begin, int64_t end) {
+      panels(w, begin, end, static_cast<int>(group) * units, static_cast<int>(group + 1) * units, partial,
+             [&](int64_t b, int64_t e) { return x + start(b, e); },
+             [&](int64_t b, int64_t e) { return Plain{y + start(b, e), size}; });
+    };
+    const int64_t begin = vectors * part / splits, end = vectors * (part + 1) / splits;
+    const bool alone = size % V != 0 && begin == 0 && end == vectors && vectors <= widest(w);
+    run(begin, alone ? end - 1 : end);
+    if (alone) run(end - 1, end);
+  });
+}
+
+// --- padded planes
+
+struct Layout {
+  int64_t images, band;           // of one task: several images whole, or one image's band of rows
+  int64_t pitch, image_rows;      // floats from row to row, rows from image to image
+  int64_t phases_w, phases, plane, channel;  // floats of a phase plane and of a channel
+  int64_t line(int64_t images_, int64_t rows, int64_t width) const {
+    return ((images_ - 1) * image_rows + rows - 1) * pitch + width;
+  }
+};
+
+static Layout layout(const Conv& c, int64_t images, int64_t band) {
+  Layout l{images, band, 0, 0, c.cols.phases(), 0, 0, 0};
+  l.pitch = c.cols.out + c.cols.reach() - c.cols.shared();
+  l.image_rows = band + c.rows.reach() - (images > 1 ? c.rows.shared() : 0);
+  l.phases = l.phases_w * c.rows.phases();
+  const int64_t read = l.line(images, band, c.cols.out) + kWidest * V + c.rows.reach() * l.pitch + c.cols.reach();
+  const int64_t written = (images * l.image_rows + c.rows.shared()) * l.pitch + c.cols.shared() + V;
+  l.plane = (std::max(read, written) + 15) / 16 * 16;
+  l.channel = l.phases * l.plane;
+  if (l.channel / 16 % 2 == 0) l.channel += 16;  // an odd number of cache lines: no two channels clash
+  return l;
+}
+
+// The largest band (or number of images) whose planes stay near the core, small enough to give
+// every thread some.
+static Layout choose_layout(const Conv& c) {
+  constexpr int64_t near = 96 * 1024;  // floats
+  const int64_t images = std::min<int64_t>(ceil_pos(c.images, c.threads), c.images);
+  const int64_t bands = ceil_pos(c.threads, c.images * c.h->groups);
+  int64_t band = std::max<int64_t>(1, c.rows.out / bands);
+  const auto size = [&](int64_t i, int64_t b) { return layout(c, i, b).channel * c.h->channels; };
+  const int64_t one = size(1, band);
+  if (band == c.rows.out && one <= near) return layout(c, std::max<int64_t>(1, std::min(images, near / one)), band);
+  while (band > 4 && size(1, band) > near) band = (band + 1) / 2;
+  return layout(c, 1, band);
+}
+
+static void fill_line(float* to, const float* from, int64_t first, int64_t last, int64_t width, int64_t stride) {
+  int64_t i = 0;
+  for (; i < first; ++i) to[i] = 0.f;
+  if (stride == 1 && last - first >= V) {
+    for (; i + V <= last; i += V) store(to + i, load(from + i - first));
+    if (i < last) store(to + last - V, load(from + last - first - V));
+    i = last;
+  }
+  for (; i < last; ++i) to[i] = from[(i - first) * stride];
+  for (; i < width; ++i) to[i] = 0.f;
+}
+
+// one phase plane of one channel: images [image, image + count), rows of the band that starts at `top`
+static void fill_plane(const Conv& c, const Layout& l, int64_t channel, int64_t image, int64_t count, int64_t top,
+                       int64_t phase_h, int64_t phase_w, float* to) {
+  const int64_t full = l.pitch + c.cols.shared();
+  const int64_t first = std::min(c.cols.first(phase_w), full);
+  const int64_t last = std::max(first, std::min(c.cols.last(phase_w), full));
+  for (int64_t n = 0; n < count; ++n) {
+    const float* plane = c.in(image + n, channel);
+    const int64_t lines = l.image_rows + (n + 1 == count && l.images > 1 ? c.rows.shared() : 0);
+    for (int64_t r = 0; r < lines; ++r, to += l.pitch) {
+      const int64_t source = c.rows.source(phase_h, top + r);
+      const bool real = source >= 0 && source < c.rows.in;
+      const float* from = real ? plane + source * c.cols.in + c.cols.source(phase_w, first) : nullptr;
+      fill_line(to, from, real ? first : full, real ? last : full, full, c.cols.stride);
+    }
+  }
+}
+
+static void fill(const Conv& c, const Layout& l, int64_t group, int64_t image, int64_t count, int64_t top, float* to) {
+  for (int64_t ch = 0; ch < c.h->channels; ++ch, to += l.channel)
+    for (int64_t a = 0; a < c.rows.stride; ++a)
+      for (int64_t b = 0; c.rows.uses(a) && b < c.cols.stride; ++b)
+        if (c.cols.uses(b))
+          fill_plane(c, l, group * c.h->channels + ch, image, count, top, a, b,
+                     to + (c.rows.rank(a) * l.phases_w + c.cols.rank(b)) * l.plane);
+}
+
+// offsets of the non-zeros in the padded planes
+static int32_t* place(const Conv& c, const Layout& l) {
+  const int64_t taps = c.rows.taps * c.cols.taps, columns = c.h->channels * taps;
+  int32_t* offsets = scratch.get<int32_t>(kCall, c.h->entries + columns);
+  int32_t* table = offsets + c.h->entries;
+  for (int64_t i = 0; i < c.rows.taps; ++i)
+    for (int64_t j = 0; j < c.cols.taps; ++j) {
+      const int64_t phase = c.rows.rank(c.rows.phase(i)) * l.phases_w + c.cols.rank(c.cols.phase(j));
+      const int64_t at = phase * l.plane + c.rows.shift(i) * l.pitch + c.cols.shift(j);
+      for (int64_t ch = 0; ch < c.h->channels; ++ch)
+        table[ch * taps + i * c.cols.taps + j] = static_cast<int32_t>(ch * l.channel + at);
+    }
+  for (int64_t i = 0; i < c.h->entries; ++i) offsets[i] = table[c.w.offsets[i]];
+  return offsets;
+}
+
+// Lanes of a vector that lie together in the output: `count` of them, brought to the front by a permutation.
+struct Segment {
+  int64_t out;
+  int32_t count, whole;  // whole: a full store is allowed, what follows is written later
+};
+
+struct Segments {
+  int32_t* first;  // of each vector
+  Segment* segment;
+  int32_t* perm;
+};
+
+static Segments segments(const Conv& c, const Layout& l, int64_t image, int64_t count, int64_t top, int64_t rows) {
+  const int64_t vectors = ceil_pos(l.line(count, rows, c.cols.out), V);
+  const int64_t most = vectors + count * rows + 1;
+  Segments s{scratch.get<int32_t>(kSegments, vectors + 2 + most * 4), nullptr, scratch.get<int32_t>(kPerms, most * V)};
+  s.segment = reinterpret_cast<Segment*>(s.first + (vectors + 2) / 2 * 2);
+  int64_t used = 0, next = 0;
+  for (int64_t n = 0; n < count; ++n) {
+    const int64_t base = (image + n) * c.h->rows * c.out_plane();
+    const int64_t end = base + (top + rows) * c.cols.out;
+    for (int64_t r = 0; r < rows; ++r) {
+      int64_t out = base + (top + r) * c.cols.out;
+      const int64_t start = (n * l.image_rows + r) * l.pitch, stop = start + c.cols.out;
+      for (int64_t p = start; p < stop;) {
+        const int64_t vector = p / V, upto = std::min(stop, (vector + 1) * V);
+        const bool joins = next == vector + 1 && s.segment[used - 1].out + s.segment[used - 1].count == out;
+        while (next <= vector) s.first[next++] = static_cast<int32_t>(used);
+        if (!joins) s.segment[used++] = {out, 0, out + V <= end};
+        Segment& seg = s.segment[used - 1];
+        for (; p < upto; ++p, ++out) s.perm[(used - 1) * V + seg.count++] = static_cast<int32_t>(p % V);
+      }
+    }
+  }
+  for (int64_t i = 0; i < used; ++i)
+    for (int32_t j = s.segment[i].count; j < V; ++j) s.perm[i * V + j] = 0;
+  while (next <= vectors) s.first[next++] = static_cast<int32_t>(used);
+  return s;
+}
+
+struct Scatter {
+  float* y;
+  int64_t plane, vector;
+  const Segments* s;
+  template <int N>
+  void operator()(int64_t row, const vf (&acc)[N]) const {
+    for (int v = 0; v < N; ++v)
+      for (int32_t i = s->first[vector + v]; i < s->first[vector + v + 1]; ++i) {
+        const Segment& seg = s->segment[i];
+        const vf lanes = permute(acc[v], s->perm + static_cast<int64_t>(i) * V);
+        float* to = y + row * plane + seg.out;
+        if (seg.whole) store(to, lanes);
+        else std::memcpy(to, &lanes, static_cast<size_t>(seg.count) * 4);
+      }
+  }
+};
+
+static void conv_padded(const Conv& c) {
+  const Layout l = choose_layout(c);
+  const int64_t bands = ceil_pos(c.rows.out, l.band), sets = ceil_pos(c.images, l.images), groups = c.h->groups;
+  const int units = static_cast<int>(c.group_rows() / c.h->block);
+  Rows w = c.w;
+  w.offsets = place(c, l);
+  parallel(sets * bands * groups, c.threads, [&, w](int64_t task) {
+    const int64_t group = task % groups, top = task / groups % bands * l.band;
+    const int64_t image = task / groups / bands * l.images, count = std::min(l.images, c.images - image);
+    const int64_t rows = std::min(l.band, c.rows.out - top);
+    const Segments s = segments(c, l, image, count, top, rows);
+    float* planes = scratch.get<float>(kPadded, c.h->channels * l.channel);
+    float* partial = scratch.get<float>(kPartial, c.group_rows() * kWidest * V);
+    fill(c, l, group, image, count, top, planes);
+    panels(w, 0, ceil_pos(l.line(count, rows, c.cols.out), V), static_cast<int>(group) * units,
+           static_cast<int>(group + 1) * units, partial, [&](int64_t begin, int64_t) { return planes + begin * V; },
+           [&](int64_t begin, int64_t) { return Scatter{c.y, c.out_plane(), begin, &s}; });
+  });
+}
+
+static void conv2d(const Conv& c) { in_place(c) ? conv_in_place(c) : conv_padded(c); }
+
+}  // namespace sn

@@ -1,0 +1,167 @@
+// Sparse linear. A few samples: sixteen rows at a time, each entry looked up in a window of 32 columns.
+// More: samples become the lanes of panels, as pixels do in a convolution.
+#pragma once
+#include "panel.h"
+#include "threads.h"
+
+namespace sn {
+
+constexpr int kSlice = 16, kWindow = 32;
+constexpr int64_t kFew = 8;      // samples up to which the sliced rows are faster
+constexpr int64_t kLanes = 4 * V;  // samples of a block of panels
+
+struct Layer {
+  const Header* h;
+  const float* bias;
+  int activation;
+};
+
+// --- a few samples
+
+template <int B>
+struct Slice {
+  float sum[B][kSlice];
+};
+
+// sum[b][lane] of one slice; odd and even steps are added apart
+template <int B>
+static void slice(const Header& h, int s, const float* x, int64_t stride, float (&sum)[B][kSlice]) {
+  const int32_t* starts = at<int32_t>(&h, h.slice_starts);
+  const int32_t* bases = at<int32_t>(&h, h.slice_bases);
+  const uint8_t* lanes = at<uint8_t>(&h, h.slice_lanes);
+  const float* values = at<float>(&h, h.slice_values);
+#if SN_LANES == 16 && defined(__AVX512F__)
+  __m512 acc[2][B] = {};
+  for (int32_t i = starts[s]; i < starts[s + 1]; ++i) {
+    const __m512i lane = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(lanes + i * 16ll)));
+    const __m512 value = _mm512_loadu_ps(values + i * 16ll);
+    for (int b = 0; b < B; ++b) {
+      const float* p = x + b * stride + bases[i];
+      const __m512 in = _mm512_permutex2var_ps(_mm512_loadu_ps(p), lane, _mm512_loadu_ps(p + 16));
+      acc[i & 1][b] = _mm512_fmadd_ps(value, in, acc[i & 1][b]);
+    }
+  }
+  for (int b = 0; b < B; ++b) _mm512_storeu_ps(sum[b], _mm512_add_ps(acc[0][b], acc[1][b]));
+#else
+  float acc[2][B][kSlice] = {};
+  for (int32_t i = starts[s]; i < starts[s + 1]; ++i)
+    for (int b = 0; b < B; ++b)
+      for (int l = 0; l < kSlice; ++l)
+        acc[i & 1][b][l] += values[i * 16ll + l] * x[b * stride + bases[i] + lanes[i * 16ll + l]];
+  for (int b = 0; b < B; ++b)
+    for (int l = 0; l < kSlice; ++l) sum[b][l] = acc[0][b][l] + acc[1][b][l];
+#endif
+}
+
+template <int B>
+static void slice_task(const Layer& layer, int s, const float* x, int64_t stride, float* y) {
+  const Header& h = *layer.h;
+  float sum[B][kSlice];
+  slice<B>(h, s, x, stride, sum);
+  const int row = s * kSlice, count = std::min(kSlice, h.rows - row);
+  for (int b = 0; b < B; ++b) {
+    for (int l = 0; layer.bias && l < count; ++l) sum[b][l] += layer.bias[row + l];
+    for (int l = 0; layer.activation && l < kSlice; l += V) store(sum[b] + l, activate(load(sum[b] + l), layer.activation));
+    std::memcpy(y + b * static_cast<int64_t>(h.rows) + row, sum[b], static_cast<size_t>(count) * 4);
+  }
+}
+
+// windows are 32 wide: a shorter sample is copied beside zeros
+static const float* widened(const float* x, int64_t batch, int64_t columns) {
+  float* wide = scratch.get<float>(kPadded, batch * kWindow);
+  for (int64_t b = 0; b < batch; ++b)
+    for (int64_t c = 0; c < kWindow; ++c) wide[b * kWindow + c] = c < columns ? x[b * columns + c] : 0.f;
+  return wide;
+}
+
+static void linear_few(const Layer& layer, const float* x, int64_t batch, float* y, int threads) {
+  const Header& h = *layer.h;
+  const int64_t stride = std::max<int64_t>(h.channels, kWindow);
+  if (h.channels < kWindow) x = widened(x, batch, h.channels);
+  const int team = useful_threads(threads, static_cast<double>(h.steps) * kSlice * static_cast<double>(batch));
+  parallel(h.slices, team, [&](int64_t s) {
+    int64_t b = 0;
+    for (; b + 4 <= batch; b += 4) slice_task<4>(layer, static_cast<int>(s), x + b * stride, stride, y + b * h.rows);
+    for (; b + 2 <= batch; b += 2) slice_task<2>(layer, static_cast<int>(s), x + b * stride, stride, y + b * h.rows);
+    for (; b < batch; ++b) slice_task<1>(layer, static_cast<int>(s), x + b * stride, stride, y + b * h.rows);
+  });
+}
+
+// --- samples as lanes
+
+static void transpose4(const float* from, int64_t from_pitch, float* to, int64_t to_pitch) {
+#if defined(__SSE2__)
+  __m128 a = _mm_loadu_ps(from), b = _mm_loadu_ps(from + from_pitch);
+  __m128 c = _mm_loadu_ps(from + 2 * from_pitch), d = _mm_loadu_ps(from + 3 * from_pitch);
+  _MM_TRANSPOSE4_PS(a, b, c, d);
+  _mm_storeu_ps(to, a), _mm_storeu_ps(to + to_pitch, b);
+  _mm_storeu_ps(to + 2 * to_pitch, c), _mm_storeu_ps(to + 3 * to_pitch, d);
+#else
+  for (int i = 0; i < 4; ++i)
+    for (int j = 0; j < 4; ++j) to[j * to_pitch + i] = from[i * from_pitch + j];
+#endif
+}
+
+// to[c][r] = from[r][c]
+static void transpose(const float* from, int64_t rows, int64_t cols, int64_t from_pitch, float* to, int64_t to_pitch) {
+  const int64_t whole_rows = rows / 4 * 4, whole_cols = cols / 4 * 4;
+  for (int64_t c = 0; c < whole_cols; c += 4)
+    for (int64_t r = 0; r < whole_rows; r += 4)
+      transpose4(from + r * from_pitch + c, from_pitch, to + c * to_pitch + r, to_pitch);
+  for (int64_t c = 0; c < cols; ++c)
+    for (int64_t r = c < whole_cols ? whole_rows : 0; r < rows; ++r) to[c * to_pitch + r] = from[r * from_pitch + c];
+}
+
+struct Lanes {
+  float* y;
+  int64_t pitch;
+  template <int N>
+  void operator()(int64_t row, const vf (&acc)[N]) const {
+    for (int v = 0; v < N; ++v) store(y + row * pitch + v * V, acc[v]);
+  }
+};
+
+// rows [from, to) units of a layer, lanes in and lanes out
+static void lanes_layer(const Layer& layer, int from, int to, const float* x, float* y, int64_t pitch) {
+  Rows w = rows_of(*layer.h, layer.bias, layer.activation);
+  w.stride = pitch;
+  float* partial = scratch.get<float>(kPartial, static_cast<int64_t>(to - from) * w.block * kWidest * V);
+  panels(w, 0, pitch / V, from, to, partial, [&](int64_t begin, int64_t) { return x + begin * V; },
+         [&](int64_t begin, int64_t) { return Lanes{y + begin * V, pitch}; });
+}
+
+// a run of layers, block of samples by block of samples; between them samples stay lanes
+static void linear_lanes(const Layer* layers, int count, const float* x, int64_t batch, float* y, int threads) {
+  const int64_t columns = layers[0].h->channels, rows = layers[count - 1].h->rows;
+  int64_t widest_row = columns;
+  for (int i = 0; i < count; ++i) widest_row = std::max<int64_t>(widest_row, layers[i].h->rows);
+  const int64_t block = std::min(kLanes, std::max<int64_t>(1, ceil_pos(ceil_pos(batch, threads), V)) * V);
+  parallel(ceil_pos(batch, block), threads, [&](int64_t task) {
+    const int64_t first = task * block, samples = std::min(block, batch - first);
+    const int64_t pitch = ceil_pos(samples, V) * V;
+    float* in = scratch.get<float>(kPing, widest_row * pitch);
+    float* out = scratch.get<float>(kPong, widest_row * pitch);
+    if (samples < pitch) std::memset(in, 0, static_cast<size_t>(columns * pitch) * 4);
+    transpose(x + first * columns, samples, columns, columns, in, pitch);
+    for (int i = 0; i < count; ++i) {
+      lanes_layer(layers[i], 0, layers[i].h->rows / layers[i].h->block, in, out, pitch);
+      std::swap(in, out);
+    }
+    transpose(in, rows, samples, pitch, y + first * rows, rows);
+  });
+}
+
+static void linear_chain(const Layer* layers, int count, const float* x, int64_t batch, float* y, int threads) {
+  if (batch > kFew) return linear_lanes(layers, count, x, batch, y, threads);
+  int64_t widest_row = 0;
+  for (int i = 0; i + 1 < count; ++i) widest_row = std::max<int64_t>(widest_row, layers[i].h->rows);
+  float* out = count > 1 ? scratch.get<float>(kPing, widest_row * batch) : nullptr;
+  float* next = count > 2 ? scratch.get<float>(kPong, widest_row * batch) : nullptr;
+  for (int i = 0; i < count; ++i, std::swap(out, next)) {
+    float* to = i + 1 == count ? y : out;
+    linear_few(layers[i], x, batch, to, threads);
+    x = to;
+  }
+}
+
+}  // namespace sn

@@ -1,0 +1,141 @@
+// The one core of linear, 1x1 and KxK: a panel of N vectors of pixels (or samples) times all rows of a
+// packed weight. A non-zero is (weight, offset): broadcast the weight, N multiply-adds from memory.
+// Every output adds its non-zeros in storage order, whatever the panel and the thread: bit-equal.
+#pragma once
+#include "blob.h"
+#include "simd.h"
+
+namespace sn {
+
+struct Rows {
+  const int32_t* starts;   // [chunks][units] + 1, a unit is `block` rows
+  const int32_t* offsets;  // of an entry's activations, times stride
+  const float* values;     // [entries][block]
+  const float* bias;       // by row, or null
+  int64_t stride;
+  int chunks, units, block, activation;
+};
+
+static inline Rows rows_of(const Header& h, const float* bias, int activation) {
+  return {at<int32_t>(&h, h.starts), at<int32_t>(&h, h.columns), at<float>(&h, h.values), bias, 1,
+          h.chunks, h.rows / h.block, h.block, activation};
+}
+
+template <int R, int N>
+using Tile = vf[R][N];
+
+template <int R, int N>
+static inline void open(Tile<R, N>& acc, const Rows& w, int chunk, int row, const float* partial) {
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < N; ++v)
+      acc[r][v] = chunk ? load(partial + (r * N + v) * V) : splat(w.bias ? w.bias[row + r] : 0.f);
+}
+
+template <int R, int N, class Store>
+static inline void close(Tile<R, N>& acc, const Rows& w, int chunk, int row, float* partial, const Store& out) {
+  if (chunk + 1 < w.chunks) {
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < N; ++v) store(partial + (r * N + v) * V, acc[r][v]);
+    return;
+  }
+  for (int r = 0; r < R; ++r) {
+    if (w.activation)
+      for (int v = 0; v < N; ++v) acc[r][v] = activate(acc[r][v], w.activation);
+    out(row + r, acc[r]);
+  }
+}
+
+template <int N>
+static inline void add(vf (&acc)[N], const Rows& w, int32_t i, const float* x) {
+  const float* p = x + w.offsets[i] * w.stride;
+  const float value = w.values[i];
+  for (int v = 0; v < N; ++v) acc[v] += value * load(p + v * V);
+}
+
+// R single rows at a time: their chains of additions overlap
+template <int R, int N>
+static inline void add_rows(Tile<R, N>& acc, const Rows& w, const int32_t* start, const float* x) {
+  int32_t common = start[1] - start[0];
+  for (int r = 1; r < R; ++r) common = std::min(common, start[r + 1] - start[r]);
+  for (int32_t i = 0; i < common; ++i)
+    for (int r = 0; r < R; ++r) add(acc[r], w, start[r] + i, x);
+  for (int r = 0; r < R; ++r)
+    for (int32_t i = start[r] + common; R > 1 && i < start[r + 1]; ++i) add(acc[r], w, i, x);
+}
+
+// four rows that share their columns: an activation is loaded once for four multiply-adds
+template <int N>
+static inline void add_blocks(Tile<4, N>& acc, const Rows& w, const int32_t* start, const float* x) {
+  for (int32_t i = start[0]; i < start[1]; ++i) {
+    const float* p = x + w.offsets[i] * w.stride;
+    vf in[N];
+    for (int v = 0; v < N; ++v) in[v] = load(p + v * V);
+    for (int r = 0; r < 4; ++r) {
+      const float value = w.values[4 * static_cast<int64_t>(i) + r];
+      for (int v = 0; v < N; ++v) acc[r][v] += value * in[v];
+    }
+  }
+}
+
+template <bool Blocks, int R, int N, class Store>
+static inline void unit_rows(const Rows& w, int chunk, int unit, int row, const float* x, float* partial,
+                             const Store& out) {
+  Tile<R, N> acc;
+  const int32_t* start = w.starts + static_cast<int64_t>(chunk) * w.units + unit;
+  open<R, N>(acc, w, chunk, row, partial);
+  if constexpr (Blocks) add_blocks<N>(acc, w, start, x);
+  else add_rows<R, N>(acc, w, start, x);
+  close<R, N>(acc, w, chunk, row, partial, out);
+}
+
+// units [from, to) on one panel; partial: room for (to - from) * block * N vectors
+template <bool Blocks, int N, class Store>
+static void panel(const Rows& w, int from, int to, const float* x, float* partial, const Store& out) {
+  constexpr int R = Blocks ? 4 : N == 1 ? 4 : N <= 3 ? 2 : 1;
+  constexpr int units = Blocks ? 1 : R;
+  for (int chunk = 0; chunk < w.chunks; ++chunk) {
+    float* part = partial;
+    int unit = from;
+    for (; unit + units <= to; unit += units, part += R * N * V)
+      unit_rows<Blocks, R, N>(w, chunk, unit, Blocks ? 4 * unit : unit, x, part, out);
+    if constexpr (!Blocks && R > 1)
+      for (; unit < to; ++unit, part += N * V) unit_rows<false, 1, N>(w, chunk, unit, unit, x, part, out);
+  }
+}
+
+constexpr int kWidest = 8;        // vectors of a panel of single rows
+constexpr int kWidestBlocks = V == 16 ? 4 : 2;  // and of blocks: 4 * N accumulators
+
+static inline int widest(const Rows& w) { return w.block == 4 ? kWidestBlocks : kWidest; }
+
+template <class Store>
+static void any_panel(const Rows& w, int vectors, int from, int to, const float* x, float* partial,
+                      const Store& out) {
+#define SN_CASE(B, N) \
+  case N: return panel<B, N>(w, from, to, x, partial, out);
+  if (w.block == 4) {
+    switch (vectors) { SN_CASE(true, 1) SN_CASE(true, 2)
+#if SN_LANES == 16
+      SN_CASE(true, 3) SN_CASE(true, 4)
+#endif
+    }
+  }
+  switch (vectors) {
+    SN_CASE(false, 1) SN_CASE(false, 2) SN_CASE(false, 3) SN_CASE(false, 4)
+    SN_CASE(false, 5) SN_CASE(false, 6) SN_CASE(false, 7) SN_CASE(false, 8)
+  }
+#undef SN_CASE
+}
+
+// vectors [first, last) in even panels; make(vector) gives the Store, x_at(vector, count) the activations
+template <class Make, class Place>
+static void panels(const Rows& w, int64_t first, int64_t last, int from, int to, float* partial,
+                   const Place& place, const Make& make) {
+  const int64_t count = last - first, parts = (count + widest(w) - 1) / widest(w);
+  for (int64_t i = 0; i < parts; ++i) {
+    const int64_t begin = first + count * i / parts, end = first + count * (i + 1) / parts;
+    any_panel(w, static_cast<int>(end - begin), from, to, place(begin, end), partial, make(begin, end));
+  }
+}
+
+}  // namespace sn

@@ -1,0 +1,88 @@
+// Vectors of SN_LANES floats, the one place that names an instruction set.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+namespace sn {
+
+constexpr int V = SN_LANES;
+typedef float vf __attribute__((vector_size(V * 4)));
+typedef int32_t vi __attribute__((vector_size(V * 4)));
+
+static inline vf load(const float* p) {
+  vf v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+static inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
+static inline vf splat(float a) { return vf{} + a; }
+static inline vf vmin(vf a, vf b) { return a > b ? b : a; }  // a NaN in `a` stays
+static inline vf vmax(vf a, vf b) { return a < b ? b : a; }
+
+// lane i of the result is lane perm[i] of v
+static inline vf permute(vf v, const int32_t* perm) {
+#if SN_LANES == 16 && defined(__AVX512F__)
+  return (vf)_mm512_permutexvar_ps(_mm512_loadu_si512(perm), (__m512)v);
+#elif SN_LANES == 8 && defined(__AVX2__)
+  return (vf)_mm256_permutevar8x32_ps((__m256)v, _mm256_loadu_si256((const __m256i*)perm));
+#else
+  vf out;
+  for (int i = 0; i < V; ++i) out[i] = v[perm[i]];
+  return out;
+#endif
+}
+
+// e^x by 2^n * e^r, |r| <= ln(2)/2, and a Taylor polynomial of degree 7: about 1 ulp
+static inline vf vexp(vf x) {
+  const vf clipped = vmin(vmax(x, splat(-87.3f)), splat(88.3f));
+  const vf shift = splat(12582912.f);  // 1.5 * 2^23 rounds to the nearest integer
+  const vf n = (clipped * 1.44269504088896341f + shift) - shift;
+  const vf r = (clipped - n * 0.693145751953125f) - n * 1.42860682030941723212e-6f;
+  vf p = splat(1.f / 5040.f);
+  p = p * r + 1.f / 720.f;
+  p = p * r + 1.f / 120.f;
+  p = p * r + 1.f / 24.f;
+  p = p * r + 1.f / 6.f;
+  p = p * r + 0.5f;
+  p = p * r + 1.f;
+  p = p * r + 1.f;
+  const vi bits = (__builtin_convertvector(n, vi) + 127) << 23;
+  vf scale;
+  std::memcpy(&scale, &bits, sizeof scale);
+  return x == x ? p * scale : x;
+}
+
+static inline vf silu(vf x) { return x / (1.f + vexp(-x)); }
+
+// x * Phi(x); erfc by Abramowitz and Stegun 7.1.26 (absolute error 1.5e-7)
+static inline vf gelu(vf x) {
+  const vf a = vmax(x, -x) * 0.70710678118654752f;
+  const vf t = 1.f / (1.f + 0.3275911f * a);
+  vf p = splat(1.061405429f);
+  p = p * t - 1.453152027f;
+  p = p * t + 1.421413741f;
+  p = p * t - 0.284496736f;
+  p = p * t + 0.254829592f;
+  const vf half_tail = 0.5f * p * t * vexp(-a * a);
+  return x < 0.f ? x * half_tail : x - x * half_tail;
+}
+
+enum Activation : int { kNone, kRelu, kRelu6, kSilu, kGelu, kActivations };
+
+static inline vf activate(vf x, int kind) {
+  switch (kind) {
+    case kRelu: return vmax(x, vf{});
+    case kRelu6: return vmin(vmax(x, vf{}), splat(6.f));
+    case kSilu: return silu(x);
+    case kGelu: return gelu(x);
+    default: return x;
+  }
+}
+
+}  // namespace sn

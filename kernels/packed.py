@@ -1,0 +1,200 @@
+"""Weights packed for the sparse kernels: one contiguous uint8 tensor beside plain JSON."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kernels import blob as b
+from kernels.checks import check
+
+Weight = npt.NDArray[np.float32]
+_OPERATIONS = {b.LINEAR: "sparse_linear", b.CONV2D: "sparse_conv2d"}
+_PATTERNS = {1: "unstructured", 4: "4x1"}
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A sparse weight, ready for its kernel.
+
+    Attributes:
+        data: (n,) uint8, contiguous, on the CPU: what the operators take as `weight`.
+        meta: JSON of format, operation, shape, groups, dtype, pattern and nonzeros.
+    """
+
+    data: Tensor
+    meta: dict[str, Any]
+
+
+def pack_linear(weight: Tensor) -> Packed:
+    """Packs the weight of a linear layer.
+
+    Args:
+        weight: (out, in), float32; its zeros are left out, whatever their pattern.
+
+    Raises:
+        ValueError: not two dimensions, or not float32.
+    """
+    dense_weight = _weight(weight, "pack_linear", ("out", "in"))
+    rows, channels = dense_weight.shape
+    shape = b.Shape(b.LINEAR, rows, channels, (1, 1), 1, _block(dense_weight, 1), _LINEAR_CHUNK)
+    return _packed(dense_weight, shape, _slices(dense_weight))
+
+
+def pack_conv2d(weight: Tensor, groups: int = 1) -> Packed:
+    """Packs the weight of a 2-d convolution.
+
+    Args:
+        weight: (out, in / groups, kernel_h, kernel_w), float32; zeros are left out.
+        groups: as of `torch.nn.Conv2d`.
+
+    Raises:
+        ValueError: not four dimensions, not float32, an empty kernel, or `groups` does not
+            divide `out`.
+    """
+    dense_weight = _weight(weight, "pack_conv2d", ("out", "in / groups", "kernel_h", "kernel_w"))
+    rows, channels, height, width = dense_weight.shape
+    if groups < 1 or rows % groups:
+        raise ValueError(f"pack_conv2d: groups must divide out={rows}, got {groups}")
+    if not height * width:
+        raise ValueError(f"pack_conv2d: the kernel must not be empty, got {height}x{width}")
+    flat = dense_weight.reshape(rows, channels * height * width)
+    block = _block(flat, groups)
+    chunk = _CONV_CHUNK if height * width > 1 else _POINTWISE_CHUNK
+    shape = b.Shape(b.CONV2D, rows, channels, (height, width), groups, block, chunk)
+    return _packed(flat, shape, b.no_slices(0))
+
+
+def dense(packed: Packed) -> Tensor:
+    """The weight that was packed, float32: exactly, but that -0 comes back as 0.
+
+    Raises:
+        ValueError: the blob is malformed.
+    """
+    check_blob(packed.data)
+    return unpack(packed.data)
+
+
+def unpack(data: Tensor) -> Tensor:
+    """The dense float32 weight of a blob that has been checked."""
+    raw = data.numpy()
+    shape, entries = b.shape_of(raw), b.entries_of(raw)
+    units = np.repeat(np.arange(shape.chunks * shape.units), np.diff(entries.starts))
+    units %= max(1, shape.units)
+    weight = np.zeros((shape.units, shape.block, shape.columns), np.float32)
+    weight[units, :, entries.columns] = entries.values
+    return torch.from_numpy(weight.reshape(shape.weight_shape))
+
+
+def validate(data: Tensor, meta: dict[str, Any]) -> None:
+    """Checks a packed weight that came from elsewhere: every offset, column and count.
+
+    Raises:
+        ValueError: names what is malformed, the rule and the value.
+    """
+    if data.dtype != torch.uint8 or data.dim() != 1 or not data.is_contiguous():
+        raise ValueError(
+            "packed weight: data must be contiguous (n,) uint8, "
+            f"got {tuple(data.shape)} {data.dtype}"
+        )
+    raw = data.cpu().numpy()
+    check(raw)
+    true = _meta(raw)
+    for key in true.keys() | meta.keys():
+        if meta.get(key) != true.get(key):
+            raise ValueError(
+                f"packed weight: meta {key} must be {true.get(key)!r} as in data, "
+                f"got {meta.get(key)!r}"
+            )
+
+
+def check_blob(data: Tensor) -> None:
+    """Checks the bytes of a packed weight, as `kernels.checks.check` says."""
+    check(data.numpy())
+
+
+# Channels whose panel stays in the first-level cache; the last is of KxK kernels, whose
+# panels reach over several rows.
+_LINEAR_CHUNK, _POINTWISE_CHUNK, _CONV_CHUNK = 96, 96, 16
+
+
+def _weight(weight: Tensor, name: str, dims: tuple[str, ...]) -> Weight:
+    if weight.dim() != len(dims) or weight.dtype != torch.float32:
+        raise ValueError(
+            f"{name}: weight must be float32 ({', '.join(dims)}), "
+            f"got {weight.dtype} {tuple(weight.shape)}"
+        )
+    return weight.detach().cpu().contiguous().numpy()
+
+
+def _packed(weight: Weight, shape: b.Shape, slices: b.Slices) -> Packed:
+    raw = b.write(shape, _entries(weight, shape), slices, int(np.count_nonzero(weight)))
+    return Packed(torch.from_numpy(raw), _meta(raw))
+
+
+def _meta(raw: b.Bytes) -> dict[str, Any]:
+    shape = b.shape_of(raw)
+    return {
+        "format": b.VERSION,
+        "operation": _OPERATIONS[shape.operation],
+        "shape": list(shape.weight_shape),
+        "groups": shape.groups,
+        "dtype": "float32",
+        "pattern": _PATTERNS[shape.block],
+        "nonzeros": int(b.head(raw)["nonzeros"]),
+    }
+
+
+def _block(weight: Weight, groups: int) -> int:
+    """4 where four neighbouring rows share so many columns that blocks of them pay."""
+    rows, columns = weight.shape
+    if not rows or not columns or rows // groups % 4:
+        return 1
+    blocks = int((weight.reshape(rows // 4, 4, columns) != 0).any(1).sum())
+    return 4 if blocks and 8 * blocks <= 3 * np.count_nonzero(weight) else 1
+
+
+def _entries(weight: Weight, shape: b.Shape) -> b.Entries:
+    width = shape.chunk * shape.taps
+    padded = np.zeros((shape.units, shape.block, shape.chunks * width), np.float32)
+    padded[:, :, : shape.columns] = weight.reshape(shape.units, shape.block, shape.columns)
+    by_chunk = padded.reshape(shape.units, shape.block, shape.chunks, width).transpose(2, 0, 3, 1)
+    chunk, unit, column = np.nonzero((by_chunk != 0).any(3))
+    counts = np.bincount(chunk * shape.units + unit, minlength=shape.chunks * shape.units)
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    values = by_chunk[chunk, unit, column]
+    return b.Entries(starts.astype("<i4"), (chunk * width + column).astype("<i4"), values)
+
+
+def _slices(weight: Weight) -> b.Slices:
+    """Greedy: a window opens at the first column that a lane still waits for."""
+    rows, columns = weight.shape
+    slices = -(-rows // b.SLICE)
+    row, column = np.nonzero(weight)
+    ends = np.searchsorted(row, np.arange(1, slices * b.SLICE + 1)).reshape(slices, b.SLICE)
+    waiting = np.append(column, columns)
+    value = np.append(weight[row, column], np.float32(0))
+    at = np.concatenate([[0], ends.ravel()[:-1]]).reshape(slices, b.SLICE) if slices else ends
+    steps = []
+    active = np.arange(slices)
+    while len(active := active[(at[active] < ends[active]).any(1)]):
+        place = np.where(at[active] < ends[active], at[active], len(column))
+        base = np.minimum(waiting[place].min(1), max(0, columns - b.WINDOW))
+        lane = waiting[place] - base[:, None]
+        takes = (lane < b.WINDOW) & (place < len(column))
+        steps.append((active, base, np.where(takes, lane, 0), np.where(takes, value[place], 0)))
+        at[active] += takes
+    if not steps:
+        return b.no_slices(slices)
+    of, bases, lanes, values = (np.concatenate(part) for part in zip(*steps, strict=True))
+    order = np.argsort(of, kind="stable")
+    starts = np.concatenate([[0], np.cumsum(np.bincount(of, minlength=slices))])
+    return b.Slices(
+        starts.astype("<i4"),
+        bases[order].astype("<i4"),
+        lanes[order].astype(np.uint8),
+        values[order].astype("<f4"),
+    )

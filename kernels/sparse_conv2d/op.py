@@ -1,0 +1,107 @@
+"""`torch.ops.sparse_nas.sparse_conv2d`: act(x * W + b) with a packed weight."""
+
+from collections.abc import Sequence
+from functools import partial
+
+from torch import Tensor, get_num_threads
+
+from kernels import calls
+from kernels.blob import CONV2D, shape_of
+from kernels.native.library import library
+from kernels.packed import check_blob, unpack
+from kernels.sparse_conv2d import reference
+
+SCHEMA = (
+    "sparse_conv2d(Tensor x, Tensor weight, Tensor? bias, int out_channels, int[2] kernel_size, "
+    "int[2] stride, int[2] padding, int[2] dilation, int groups, "
+    'str activation="none") -> Tensor'
+)
+
+
+def _run(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out_channels: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str = "none",
+) -> Tensor:
+    code = calls.activation_code("sparse_conv2d", activation)
+    calls.check_tensors("sparse_conv2d", x, weight, bias, out_channels)
+    shape = calls.conv2d_shape(x, out_channels, kernel_size, stride, padding, dilation)
+    lib = library()
+    if lib is None:
+        pairs = (calls.pair(stride), calls.pair(padding), calls.pair(dilation))
+        _check_fit(x, weight, out_channels, kernel_size, groups)
+        return reference.sparse_conv2d(x, unpack(weight), bias, *pairs, groups, activation)
+    x, y = x.contiguous(), x.new_empty(shape)
+    bias = bias if bias is None else bias.contiguous()
+    arguments = (
+        x.data_ptr(),
+        *x.shape,
+        weight.data_ptr(),
+        weight.numel(),
+        None if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        out_channels,
+        *kernel_size,
+        *stride,
+        *padding,
+        *dilation,
+        groups,
+        *shape[2:],
+        code,
+        get_num_threads(),
+    )
+    if lib.conv2d(*arguments):
+        refusal = partial(_mismatch, x, weight, out_channels, kernel_size, groups)
+        calls.settle(lib, lib.conv2d, arguments, weight, check_blob, refusal)
+    return y
+
+
+def _check_fit(
+    x: Tensor, weight: Tensor, out_channels: int, kernel_size: Sequence[int], groups: int
+) -> None:
+    check_blob(weight)
+    shape = shape_of(weight.numpy())
+    given = (CONV2D, out_channels, tuple(kernel_size), groups, x.shape[1])
+    packed = (shape.operation, shape.rows, shape.kernel, shape.groups, shape.channels * groups)
+    if given != packed:
+        raise ValueError(_mismatch(x, weight, out_channels, kernel_size, groups))
+
+
+def _mismatch(
+    x: Tensor, weight: Tensor, out_channels: int, kernel_size: Sequence[int], groups: int
+) -> str:
+    packed = shape_of(weight.numpy())
+    return (
+        f"sparse_conv2d: the weight was packed as {packed.weight_shape} with "
+        f"groups={packed.groups}; it does not fit in={x.shape[1]}, out_channels={out_channels}, "
+        f"kernel_size={tuple(kernel_size)}, groups={groups}"
+    )
+
+
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out_channels: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str = "none",
+) -> Tensor:
+    size = [
+        calls.out_size(*axis)
+        for axis in zip(x.shape[2:], kernel_size, stride, padding, dilation, strict=True)
+    ]
+    return x.new_empty((x.shape[0], out_channels, *size))
+
+
+calls.define(SCHEMA, _run, _fake)

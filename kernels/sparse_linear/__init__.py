@@ -1,0 +1,1 @@
+"""Sparse linear: `torch.ops.sparse_nas.sparse_linear`."""

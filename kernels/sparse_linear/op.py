@@ -1,0 +1,75 @@
+"""`torch.ops.sparse_nas.sparse_linear`: act(x W^T + b) with a packed weight."""
+
+from functools import partial
+
+from torch import Tensor, get_num_threads
+
+from kernels import calls
+from kernels.blob import LINEAR, shape_of
+from kernels.native.library import library
+from kernels.packed import check_blob, unpack
+from kernels.sparse_linear import reference
+
+SCHEMA = (
+    "sparse_linear(Tensor x, Tensor weight, Tensor? bias, int out_features, "
+    'str activation="none") -> Tensor'
+)
+
+
+def _run(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, activation: str = "none"
+) -> Tensor:
+    code = calls.activation_code("sparse_linear", activation)
+    calls.check_tensors("sparse_linear", x, weight, bias, out_features)
+    if not x.dim():
+        raise ValueError("sparse_linear: x must be (..., in), got a scalar")
+    lib = library()
+    if lib is None:
+        return _plain(x, weight, bias, out_features, activation)
+    x, columns = x.contiguous(), x.shape[-1]
+    bias = bias if bias is None else bias.contiguous()
+    y = x.new_empty((*x.shape[:-1], out_features))
+    batch = x.numel() // columns if columns else x.shape[:-1].numel()
+    arguments = (
+        x.data_ptr(),
+        batch,
+        columns,
+        weight.data_ptr(),
+        weight.numel(),
+        None if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        out_features,
+        code,
+        get_num_threads(),
+    )
+    if lib.linear(*arguments):
+        refusal = partial(_mismatch, x, weight, out_features)
+        calls.settle(lib, lib.linear, arguments, weight, check_blob, refusal)
+    return y
+
+
+def _plain(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, activation: str
+) -> Tensor:
+    check_blob(weight)
+    dense = unpack(weight)
+    if shape_of(weight.numpy()).operation != LINEAR or dense.shape != (out_features, x.shape[-1]):
+        raise ValueError(_mismatch(x, weight, out_features))
+    return reference.sparse_linear(x, dense, bias, activation)
+
+
+def _mismatch(x: Tensor, weight: Tensor, out_features: int) -> str:
+    packed = shape_of(weight.numpy()).weight_shape
+    return (
+        f"sparse_linear: the weight was packed as {packed}; "
+        f"it does not fit in={x.shape[-1]}, out_features={out_features}"
+    )
+
+
+def _fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, activation: str = "none"
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+calls.define(SCHEMA, _run, _fake)

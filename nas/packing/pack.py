@@ -19,7 +19,8 @@ from nas.packing.fuse import fuse
 from nas.packing.layer import Layer
 from nas.packing.lower import Placement, lower
 from nas.packing.network import PackedNetwork, Signature
-from nas.packing.report import describe
+from nas.packing.report import describe, row
+from nas.packing.runs import Run, find_runs
 from nas.packing.trace import Trace, Untraceable, batch_of, batched, slow_attention, trace
 from nas.packing.tune import Choice, choose
 
@@ -89,13 +90,22 @@ def _from_graph(plain: nn.Module, example: tuple[Tensor, ...], sparse: bool) -> 
     notes = fuse(traced.module, paths)
     choices = _tune(traced.module, example, sparse)
     notes += tuple(choice.note for choice in choices.values() if choice.note)
-    placements = [Placement((node,), choice.kernel) for node, choice in choices.items()]
-    body = _single_output(traced, lower(traced.module, placements))
+    runs = find_runs(traced.module, choices, example) if sparse else []
+    body = _single_output(traced, lower(traced.module, _placements(choices, runs)))
     spec = None if traced.out_spec.is_leaf() else traced.out_spec
-    layers = tuple(describe(choice) for choice in choices.values())
+    layers = describe(choices, runs)
     network = PackedNetwork(body, layers, notes, Signature.of(example), spec)
     _verify(network, plain, example)
     return network
+
+
+def _placements(choices: dict[Node, Choice], runs: list[Run]) -> list[Placement]:
+    covered = {node for run in runs for node in run.nodes}
+    alone = [node for node in choices if node not in covered]
+    return [
+        *(Placement(run.nodes, run.kernel) for run in runs),
+        *(Placement((node,), choices[node].kernel) for node in alone),
+    ]
 
 
 def _by_exchange(
@@ -104,7 +114,7 @@ def _by_exchange(
     body, choices, left_out = exchange(plain, example, sparse)
     notes = [f"layers exchanged one by one: {reason}", *left_out]
     notes += [choice.note for choice in choices if choice.note]
-    return PackedNetwork(body, tuple(map(describe, choices)), tuple(notes))
+    return PackedNetwork(body, tuple(map(row, choices)), tuple(notes))
 
 
 class _Tuner(Interpreter):

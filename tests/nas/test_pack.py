@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Literal
 
 import pytest
@@ -202,12 +203,82 @@ def test_sparse_kernels_serve_every_product_of_every_model(
     assert all(layer.sparsity > 0.5 and layer.pattern != "-" for layer in packed.layers)
 
 
-def prefer_sparse(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let every sparse kernel seem faster than every dense one, whatever the machine does."""
-    monkeypatch.setattr(
-        "nas.packing.tune.time_us",
-        lambda candidates, x: [float(-i) for i in range(len(candidates))],
+def prefer(monkeypatch: pytest.MonkeyPatch, rank: Callable[[Kernel], float]) -> None:
+    """Let kernels take the time that `rank` says, whatever the machine does."""
+
+    def time_us(candidates: list[Kernel], x: Tensor) -> list[float]:
+        return [rank(kernel) for kernel in candidates]
+
+    for place in ("tune", "runs"):
+        monkeypatch.setattr(f"nas.packing.{place}.time_us", time_us)
+
+
+def prefer_sparse(monkeypatch: pytest.MonkeyPatch, runs: bool = False) -> None:
+    ranks = {"sparse_linear": 2.0, "sparse_conv2d": 2.0, "dense": 4.0, "apart": 6.0}
+    prefer(monkeypatch, lambda kernel: ranks.get(kernel.name, 3.0 if runs else 9.0))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_runs_of_layers_in_one_call_give_the_same(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, shapes, _ = MODELS[name]
+    module = masked(make())
+    prefer_sparse(monkeypatch, runs=True)
+    packed = pack(module, tuple(torch.randn(1, *shape) for shape in shapes))
+    assert_same(packed, module, *shapes)
+    chained = [layer for layer in packed.layers if layer.kernel.startswith("sparse_chain")]
+    assert len(chained) == {"mlp": 3, "separable": 3, "transformer": 4, "resnet": 4}.get(
+        name, len(chained)
     )
+
+
+def test_a_run_is_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    prefer_sparse(monkeypatch, runs=True)
+    packed = pack(masked(Mlp()), torch.randn(1, 33))
+    aten, ops = torch.ops.aten, torch.ops.sparse_nas
+    assert calls(packed) == [aten.flatten.using_ints, ops.sparse_chain.default]
+    assert sum(layer.us for layer in packed.layers) == pytest.approx(3.0)
+    assert kernels_of(packed) == {"sparse_chain[0]"}
+
+
+def test_a_run_ends_where_its_result_is_read_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Skip(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.layers[1](self.layers[0](x))
+            return y + self.layers[3](self.layers[2](y))
+
+    prefer_sparse(monkeypatch, runs=True)
+    module = masked(Skip(), 0.5)
+    packed = pack(module, torch.randn(2, 8))
+    assert_same(packed, module, (8,))
+    assert [layer.kernel[-3:] for layer in packed.layers] == ["[0]", "[0]", "[1]", "[1]"]
+
+
+def test_where_the_longest_run_loses_its_sparse_stretches_are_tried(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of four layers the second is faster dense; only a run of two is faster in one call."""
+
+    def rank(kernel: Kernel) -> float:
+        if kernel.name == "apart":
+            return 5.0
+        if kernel.name == "sparse_chain":
+            return 4.0 if kernel.steps[0].args[0].numel() < 4000 else 6.0
+        wide = kernel.name == "sparse_linear" and kernel.steps[0].args[2] == 64
+        return {"dense": 3.0}.get(kernel.name, 4.0 if wide else 2.0)
+
+    prefer(monkeypatch, rank)
+    sizes = (16, 16, 64, 16, 16)
+    module = masked(nn.Sequential(*(nn.Linear(i, o) for i, o in pairwise(sizes))))
+    packed = pack(module, torch.randn(2, 16))
+    assert_same(packed, module, (16,))
+    names = ["sparse_linear", "dense", "sparse_chain[0]", "sparse_chain[0]"]
+    assert [layer.kernel for layer in packed.layers] == names
 
 
 def test_batch_norm_bias_and_activation_are_fused() -> None:

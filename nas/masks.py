@@ -53,7 +53,7 @@ class Mixture:
         self._weights[name] = weights
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Mixture:
-        memo[id(self)] = copy = Mixture()
+        copy = Mixture()
         copy._weights = {name: weights.detach().clone() for name, weights in self._weights.items()}
         return copy
 

@@ -80,10 +80,10 @@ def test_lamp_scores_do_not_depend_on_the_scale_of_a_layer() -> None:
 
 
 def test_lamp_keeps_what_its_formula_ranks_highest() -> None:
-    weights = {"a": torch.tensor([[3.0, 2.0, 1.0]]), "b": torch.tensor([[1.0, 1.0, 1.0]])}
-    # a: 1, 4/13, 1/14; b: 1, 1/2, 1/3
-    assert allocate("lamp", {"a": (1, 3), "b": (1, 3)}, 1 / 3, weights) == pytest.approx(
-        {"a": 2 / 3, "b": 0}
+    weights = {"a": torch.tensor([[3.0, 2.0, 1.0]]), "b": torch.ones(1, 4)}
+    # scores of a: 1, 4/13, 1/14; of b: 1, 1/2, 1/3, 1/4
+    assert allocate("lamp", {"a": (1, 3), "b": (1, 4)}, 3 / 7, weights) == pytest.approx(
+        {"a": 2 / 3, "b": 1 / 4}
     )
 
 

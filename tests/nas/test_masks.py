@@ -159,6 +159,11 @@ def test_weights_are_those_of_the_baked_copy_and_share_no_memory(
     make().load_state_dict(state)
 
 
+def test_a_recurrent_layer_can_be_baked_before_it_was_ever_called() -> None:
+    module = bake(sparsified(lambda: nn.LSTM(8, 8, batch_first=True)))
+    assert torch.isfinite(output(module, sequence)).all()
+
+
 def test_a_baked_copy_can_be_exported() -> None:
     module = bake(sparsified(transformer)).eval()
     program = torch.export.export(module, (sequence,))

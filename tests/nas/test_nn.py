@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -5,6 +7,8 @@ from torch import nn
 from nas.masks import bake, sparse_weights, weights
 from nas.nn import SparseConv2d, SparseLinear
 from nas.sparsity import DENSE, NM, Block, Channel, Sparsity, Unstructured, mask
+
+HALF = Unstructured(0.5)
 
 
 def test_without_sparsity_the_layers_are_the_ordinary_ones() -> None:
@@ -57,8 +61,12 @@ def test_weights_of_the_layer_have_plain_keys_and_state_dict_has_both_parts() ->
     assert torch.equal(twin.weight, layer.weight)
 
 
-def test_resetting_draws_a_new_masked_weight() -> None:
-    layer = SparseLinear(8, 8, sparsity=Unstructured(0.5))
+@pytest.mark.parametrize(
+    "make",
+    [lambda: SparseConv2d(8, 8, 1, sparsity=HALF), lambda: SparseLinear(8, 8, sparsity=HALF)],
+)
+def test_resetting_draws_a_new_masked_weight(make: Callable[[], SparseConv2d]) -> None:
+    layer = make()
     before = layer.weight.detach().clone()
     layer.reset_parameters()
     assert int(layer.weight.count_nonzero()) == 32

@@ -76,21 +76,17 @@ sequence = torch.linspace(-1, 1, 80).view(2, 5, 8).sin()
 tokens = torch.arange(10) % 7
 pictures = torch.linspace(-1, 1, 2 * 4 * 36).view(2, 4, 6, 6).cos()
 
-MODELS: list[tuple[Callable[[], nn.Module], Tensor]] = [
-    (images, pictures),
-    (lambda: nn.Conv1d(8, 8, 3), sequence.mT),
-    (lambda: nn.Linear(8, 4), sequence),
-    (Language, tokens),
-    (Attention, sequence),
-    (transformer, sequence),
-    (lambda: nn.LSTM(8, 8, batch_first=True), sequence),
-    (Twice, sequence),
-]
-over_models = pytest.mark.parametrize(
-    ("make", "inputs"),
-    MODELS,
-    ids=["conv", "conv1d", "linear", "tied", "attention", "transformer", "lstm", "twice"],
-)
+MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
+    "conv": (images, pictures),
+    "conv1d": (lambda: nn.Conv1d(8, 8, 3), sequence.mT),
+    "linear": (lambda: nn.Linear(8, 4), sequence),
+    "tied": (Language, tokens),
+    "attention": (Attention, sequence),
+    "transformer": (transformer, sequence),
+    "lstm": (lambda: nn.LSTM(8, 8, batch_first=True), sequence),
+    "twice": (Twice, sequence),
+}
+over_models = pytest.mark.parametrize(("make", "inputs"), MODELS.values(), ids=list(MODELS))
 in_both_modes = pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 
 

@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from nas.costs import Flops, Latency, NonZeros, Parameters, PeakMemory
     from nas.evaluate import Evaluate
     from nas.graph import INPUT, Graph
+    from nas.loop import search
+    from nas.module_space import sparsify
     from nas.packing import pack
     from nas.run import Run, load
-    from nas.loop import search
     from nas.space import Architecture, GraphSpace, Space
-    from nas.module_space import sparsify
     from nas.sparsity import NM, Block, Channel, Dense, Unstructured
     from nas.tasks import Metric, Split, Task
     from nas.training import Training
@@ -40,7 +40,7 @@ _HOMES = {
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = [  # noqa: RUF022
+__all__ = [
     "INPUT",
     "NM",
     "Architecture",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
@@ -90,10 +90,11 @@ class Choice:
         """The option behind a label."""
         return dict(self.options)[label]
 
-    def check(self, pick: Any) -> None:
-        """Raise ValueError unless `pick` is one of the labels."""
+    def check(self, pick: Any) -> Pick:
+        """The label that `pick` equals (1 for 1.0). Raises ValueError if none does."""
         if pick not in self.labels:
             raise ValueError(f"{self.name}: {pick!r} is none of {list(self.labels)}")
+        return self.labels[self.labels.index(pick)]
 
     def sample(self, rng: np.random.Generator) -> Pick:
         """One label, uniformly."""
@@ -140,8 +141,8 @@ class Subset:
         """Labels that a mixture has a weight for, in order."""
         return self.items
 
-    def check(self, pick: Any) -> None:
-        """Raise ValueError unless `pick` is a list of k distinct items in order."""
+    def check(self, pick: Any) -> Pick:
+        """The items that `pick` lists. Raises ValueError unless they are k, distinct, in order."""
         if (
             not isinstance(pick, list)
             or pick != [x for x in self.items if x in pick]
@@ -150,6 +151,7 @@ class Subset:
             raise ValueError(
                 f"{self.name}: a pick is {self.k} of {list(self.items)} in order, got {pick!r}"
             )
+        return [x for x in self.items if x in pick]
 
     def sample(self, rng: np.random.Generator) -> Pick:
         """Draw k items, uniformly over the combinations."""
@@ -244,10 +246,8 @@ class Choices:
         unknown = [name for name in picks if name not in self]
         if unknown:
             raise ValueError(f"{unknown[0]}: no such choice in this space")
-        kept = {c.name: picks[c.name] for c in self if c.name in picks and self.active(c, picks)}
-        for name, pick in kept.items():
-            self._by_name[name].check(pick)
-        return kept
+        kept = [c for c in self if c.name in picks and self.active(c, picks)]
+        return {c.name: c.check(picks[c.name]) for c in kept}
 
     def canonical(self, picks: Mapping[str, Pick]) -> Picks:
         """The picks of active choices, in order, none left open.
@@ -323,7 +323,10 @@ def _describe(choice: Decision) -> dict[str, Any]:
     when = (
         {"choice": choice.when.choice, "among": list(choice.when.among)} if choice.when else None
     )
-    extra = {"k": choice.k} if isinstance(choice, Subset) else {"ordered": choice.ordered}
+    if isinstance(choice, Subset):
+        extra: dict[str, Any] = {"k": choice.k}
+    else:
+        extra = {"ordered": choice.ordered, "open_only": list(choice.open_only)}
     return {"name": choice.name, "labels": list(choice.open_labels), "when": when, **extra}
 
 
@@ -368,7 +371,7 @@ def _open(choice: Choice, picks: Mapping[str, Pick]) -> Choice:
 
 
 def merge(found: Iterable[Decision]) -> list[Decision]:
-    """One decision a name: the same choice in several places exists where any of them does.
+    """One decision a name, parents first: a choice exists wherever one of its places does.
 
     Raises:
         ValueError: One name with different options, or under different choices.
@@ -377,12 +380,23 @@ def merge(found: Iterable[Decision]) -> list[Decision]:
     for choice in found:
         held = merged.get(choice.name)
         merged[choice.name] = choice if held is None else _joined(held, choice)
-    return list(merged.values())
+    placed: list[Decision] = []
+    while merged:
+        _place(next(iter(merged)), merged, placed)
+    return placed
+
+
+def _place(name: str, waiting: dict[str, Decision], placed: list[Decision]) -> None:
+    """Put a choice behind the one that its condition asks for."""
+    choice = waiting.pop(name)
+    if choice.when is not None and choice.when.choice in waiting:
+        _place(choice.when.choice, waiting, placed)
+    placed.append(choice)
 
 
 def _joined(a: Decision, b: Decision) -> Decision:
-    same_kind = type(a) is type(b) and a.open_labels == b.open_labels
-    if not same_kind or (a.when and b.when and a.when.choice != b.when.choice):
+    unlike = _describe(a) | {"when": None} != _describe(b) | {"when": None}
+    if unlike or (a.when and b.when and a.when.choice != b.when.choice):
         raise ValueError(f"{a.name}: named twice with different options or conditions")
     if a.when is None or b.when is None:
         return a if a.when is None else b
@@ -394,7 +408,3 @@ def _joined(a: Decision, b: Decision) -> Decision:
         else replace(a, when=when)
     )
 
-
-def as_labels(values: Sequence[Any]) -> list[Label]:
-    """Labels of a sequence of options."""
-    return [label_of(v) for v in values]

@@ -7,7 +7,7 @@ and models that read `self.fc.weight` themselves are masked too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any, NamedTuple, cast
 
@@ -167,6 +167,9 @@ class _Place(NamedTuple):
         return steps.original
 
 
+Plan = tuple[Sequence[Sparsity], str | None]
+
+
 def attach(
     module: nn.Module,
     path: str,
@@ -174,32 +177,45 @@ def attach(
     choice: str | None = None,
     mixture: Mixture | None = None,
 ) -> SparseWeight:
-    """Makes a weight tensor of `module` sparse, masked by its present magnitudes.
+    """Makes one weight tensor of `module` sparse; see `attach_all`."""
+    return attach_all(module, {path: (options, choice)}, mixture)[path]
+
+
+def attach_all(
+    module: nn.Module, plan: Mapping[str, Plan], mixture: Mixture | None = None
+) -> dict[str, SparseWeight]:
+    """Makes weight tensors of `module` sparse, masked by their present magnitudes.
 
     Every tensor in `module` that is the same Parameter (tied) is masked by the same
     `SparseWeight`. The Parameter stays the same object, so that optimisers and ties hold.
 
     Args:
         module: the whole model, so that tied tensors are found.
-        path: such as `layer1.0.conv1.weight` or `self_attn.in_proj_weight`.
-        options: the sparsities to mask with; several make the weight open.
-        choice: the name of the choice, needed when there are several options.
+        plan: by path (such as `layer1.0.conv1.weight` or `self_attn.in_proj_weight`) the
+            sparsities to mask with and the name of the choice; several make the weight open, and
+            need a name.
         mixture: what holds the weights of the choices, shared by all tensors of a supernet.
 
     Raises:
-        ValueError: there is no such free Parameter, or its shape does not admit an option.
+        ValueError: there is no such free Parameter, or its shape does not admit an option; nothing
+            is attached then.
     """
-    parameter = _parameter(module, path)
-    for option in options:
-        check(option, parameter.shape, path)
-    sparse = SparseWeight(parameter.shape, options, choice, mixture)
-    sparse.to(parameter.device, parameter.dtype)
-    sparse.set_scores(parameter.detach().abs())
-    for owner, name in _owners(module, parameter):
-        _own_class(owner)
-        parametrize.register_parametrization(owner, name, sparse)
-        _read_afresh(owner)
-    return sparse
+    found, owners = _parameters(module, plan), _owners(module)
+    for path, (options, _) in plan.items():
+        for option in options:
+            check(option, found[path].shape, path)
+    attached = {}
+    for path, (options, choice) in plan.items():
+        parameter = found[path]
+        sparse = SparseWeight(parameter.shape, options, choice, mixture)
+        sparse.to(parameter.device, parameter.dtype)
+        sparse.set_scores(parameter.detach().abs())
+        for owner, name in owners[id(parameter)]:
+            _own_class(owner)
+            parametrize.register_parametrization(owner, name, sparse)
+            _read_afresh(owner)
+        attached[path] = sparse
+    return attached
 
 
 def _own_class(owner: nn.Module) -> None:
@@ -221,25 +237,32 @@ def _flat_weights(owner: nn.RNNBase) -> list[Tensor]:
     return [getattr(owner, name) for name in owner._flat_weights_names]
 
 
-def _parameter(module: nn.Module, path: str) -> nn.Parameter:
-    if path in _places(module):
-        raise ValueError(f"{path}: needs a weight that is not yet sparse")
+def _parameters(module: nn.Module, paths: Iterable[str]) -> dict[str, nn.Parameter]:
+    """The free Parameter behind each path."""
+    sparse = _places(module)
     parameters = dict(module.named_parameters(remove_duplicate=False))
-    if path not in parameters:
-        raise ValueError(f"{path}: no such parameter; there are {', '.join(parameters) or 'none'}")
-    if "parametrizations." in path:
-        raise ValueError(f"{path}: needs a plain parameter, got one parametrized otherwise")
-    return parameters[path]
+    for path in paths:
+        if path in sparse:
+            raise ValueError(f"{path}: needs a weight that is not yet sparse")
+        if path not in parameters:
+            known = ", ".join(parameters) or "none"
+            raise ValueError(f"{path}: no such parameter; there are {known}")
+        if "parametrizations." in path:
+            raise ValueError(f"{path}: needs a plain parameter, got one parametrized otherwise")
+    found = {path: parameters[path] for path in paths}
+    if len({id(p) for p in found.values()}) != len(found):
+        raise ValueError(f"{list(found)}: some are one tensor; name a tied tensor once")
+    return found
 
 
-def _owners(module: nn.Module, parameter: nn.Parameter) -> list[tuple[nn.Module, str]]:
-    return [
-        (owner, name)
-        for owner in module.modules()
-        if not isinstance(owner, parametrize.ParametrizationList)
-        for name, value in owner._parameters.items()
-        if value is parameter
-    ]
+def _owners(module: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Who holds each Parameter, by its id."""
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for owner in module.modules():
+        if not isinstance(owner, parametrize.ParametrizationList):
+            for name, value in owner._parameters.items():
+                owners.setdefault(id(value), []).append((owner, name))
+    return owners
 
 
 def _places(module: nn.Module) -> dict[str, _Place]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nas.choices import Choice, Decision, When
 from nas.graph import INPUT, Graph, Node, weight_path
-from nas.masks import Mixture, attach, original, sparse_weights
+from nas.masks import Mixture, Plan, attach_all, original, sparse_weights
 from nas.modules import Zero
 from nas.operations import Operation
 
@@ -73,12 +73,14 @@ class Network(nn.Module):
         return parent.get_submodule(last)
 
     def _attach_masks(self, graph: Graph) -> None:
+        plan: dict[str, Plan] = {}
         for _, _, layer in graph.layers():
             if isinstance(layer.sparsity, Choice):
                 options = [value for _, value in layer.sparsity.options]
-                attach(self, layer.path, options, layer.sparsity.name, self.mixture)
+                plan[layer.path] = (options, layer.sparsity.name)
             elif layer.sparsity.ratio > 0:
-                attach(self, layer.path, [layer.sparsity])
+                plan[layer.path] = ([layer.sparsity], None)
+        attach_all(self, plan, self.mixture)
 
 
 @dataclass

@@ -407,4 +407,3 @@ def _joined(a: Decision, b: Decision) -> Decision:
         if isinstance(a, Choice)
         else replace(a, when=when)
     )
-

@@ -40,16 +40,15 @@ def run_trial(
         report: Called as training goes.
         start: The parent's state.
     """
-    begun = time.perf_counter()
-    limited = _Reporter(report, evaluate.time_limit_s, begun)
+    limited = _Reporter(report, evaluate.time_limit_s, time.perf_counter())
     try:
         with _alarm(evaluate.time_limit_s):
             outcome = evaluate.train(space, trial, trial_seed(seed, trial.number), limited, start)
     except (Exception, MemoryError) as error:  # anything may go wrong in a trial
         outcome = Outcome("failed", limited.last, error=_line(error))
-    if limited.stopped:
+    if limited.stopped and outcome.status == "ok":
         outcome = replace(outcome, status="stopped")
-    return replace(outcome, seconds=time.perf_counter() - begun)
+    return replace(outcome, seconds=time.perf_counter() - limited.begun)
 
 
 def trial_seed(seed: int, number: int) -> int:
@@ -59,7 +58,10 @@ def trial_seed(seed: int, number: int) -> int:
 
 @dataclass
 class _Reporter:
-    """A report that keeps the time limit, the last metrics and whether the answer was stop."""
+    """A report that keeps the time limit, the last metrics and whether the answer was stop.
+
+    The time that the driver takes to answer is not the trial's: `begun` moves on by it.
+    """
 
     report: Report
     limit_s: float | None
@@ -73,7 +75,10 @@ class _Reporter:
         if self.limit_s is not None and time.perf_counter() - self.begun > self.limit_s:
             raise TimeLimit(f"passed its time limit of {self.limit_s:g} s")
         self.last = dict(metrics)
+        asked, timer = time.perf_counter(), signal.setitimer(signal.ITIMER_REAL, 0)
         self.stopped = not self.report(step, metrics)
+        self.begun += time.perf_counter() - asked
+        signal.setitimer(signal.ITIMER_REAL, *timer)
         return not self.stopped
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from nas.packing.report import PackedLayer, table
+from nas.packing.straight import straight
 from nas.packing.trace import batched
 
 
@@ -64,6 +67,7 @@ class PackedNetwork(nn.Module):
         body: the traced graph, lowered to kernels, or the copy whose layers were exchanged.
         layers: one row for each call of a layer, in order of execution.
         notes: what was not packed, and why.
+        layout: `channels_last` where all convolutions are dense and faster so.
         signature: the inputs that a traced body holds for; None where layers were exchanged.
     """
 
@@ -74,14 +78,21 @@ class PackedNetwork(nn.Module):
         notes: tuple[str, ...],
         signature: Signature | None = None,
         out_spec: TreeSpec | None = None,
+        layout: str = "contiguous",
     ) -> None:
         super().__init__()
         self.body = body
         self.layers = layers
         self.notes = notes
         self.signature = signature
+        self.layout = layout
         self._out_spec = out_spec
+        self._call = _callable(body)
         super().train(False)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._call = _callable(self.body)
 
     def forward(self, *inputs: Tensor) -> Any:
         """Apply the network.
@@ -97,7 +108,7 @@ class PackedNetwork(nn.Module):
             return self._run(inputs)
 
     def _run(self, inputs: tuple[Tensor, ...]) -> Any:
-        result = self.body.forward(*inputs)
+        result = self._call(*inputs)
         return result if self._out_spec is None else tree_unflatten(result, self._out_spec)
 
     def empty(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -115,3 +126,7 @@ class PackedNetwork(nn.Module):
     def explain(self) -> str:
         """A table of every layer: its kernel, its time and dense's, and what was left out."""
         return table(self.layers, self.notes)
+
+
+def _callable(body: nn.Module) -> Callable[..., Any]:
+    return straight(body) if isinstance(body, GraphModule) else body

@@ -17,6 +17,7 @@ from nas.masks import bake
 from nas.packing.exchange import exchange
 from nas.packing.fuse import fuse
 from nas.packing.layer import Layer
+from nas.packing.layout import fastest_layout
 from nas.packing.lower import Placement, lower
 from nas.packing.network import PackedNetwork, Signature
 from nas.packing.report import describe, row
@@ -91,10 +92,11 @@ def _from_graph(plain: nn.Module, example: tuple[Tensor, ...], sparse: bool) -> 
     choices = _tune(traced.module, example, sparse)
     notes += tuple(choice.note for choice in choices.values() if choice.note)
     runs = find_runs(traced.module, choices, example) if sparse else []
-    body = _single_output(traced, lower(traced.module, _placements(choices, runs)))
+    lowered = _single_output(traced, lower(traced.module, _placements(choices, runs)))
+    body, layout = fastest_layout(lowered, example)
     spec = None if traced.out_spec.is_leaf() else traced.out_spec
     layers = describe(choices, runs)
-    network = PackedNetwork(body, layers, notes, Signature.of(example), spec)
+    network = PackedNetwork(body, layers, notes, Signature.of(example), spec, layout)
     _verify(network, plain, example)
     return network
 

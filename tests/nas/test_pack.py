@@ -473,3 +473,67 @@ def test_a_packed_network_records_no_gradient() -> None:
     packed = pack(masked(Mlp()), torch.randn(2, 33))
     assert not packed(torch.randn(2, 33, requires_grad=True)).requires_grad
     assert not any(parameter.requires_grad for parameter in packed.parameters())
+
+
+def test_a_copy_of_a_packed_network_has_tensors_of_its_own() -> None:
+    packed = pack(masked(Mlp()), torch.randn(2, 33), kernels="dense")
+    x, twin = torch.randn(3, 33), copy.deepcopy(packed)
+    before = packed(x)
+    torch.testing.assert_close(twin(x), before)
+    for buffer in twin.buffers():
+        buffer.zero_()
+    torch.testing.assert_close(packed(x), before)
+    assert not twin(x).any()
+
+
+def test_values_of_every_kind_pass_through_a_graph() -> None:
+    class Kinds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+            y = self.fc(x)[:, 1:5]
+            mask = torch.ones(4, 4, dtype=torch.bool, device=x.device).tril()
+            filled = (y.unsqueeze(1) * y.unsqueeze(2)).masked_fill(~mask, float("-inf"))
+            with torch.no_grad():
+                low, high = self.fc(x).clamp(min=-1.0, max=float("inf")).chunk(2, dim=1)
+            return filled.softmax(-1), [low.to(torch.float64), high.argmax(1)]
+
+    module = masked(Kinds(), 0.5)
+    packed = pack(module, torch.randn(2, 6))
+    assert packed.notes == ()
+    assert len(packed.layers) == 2
+    assert_same(packed, module, (6,))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_a_dense_network_takes_the_faster_layout(
+    layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = [1.0, 2.0] if layout == "contiguous" else [2.0, 1.0]
+
+    def interleaved(networks: list[Callable[[], Tensor]], *_: float) -> list[float]:
+        assert len({network().stride() for network in networks}) == 2
+        return times
+
+    monkeypatch.setattr("nas.packing.layout.interleaved", interleaved)
+    module = masked(nn.Sequential(nn.Conv2d(8, 4, 3), Residual(4)))
+    packed = pack(module, torch.randn(2, 8, 5, 5), kernels="dense")
+    assert packed.layout == layout
+    assert_same(packed, module, (8, 5, 5))
+
+
+def test_a_network_whose_views_need_it_stays_contiguous() -> None:
+    class View(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x).view(x.shape[0], 64)
+
+    module = masked(View(), 0.5)
+    packed = pack(module, torch.randn(2, 3, 6, 6), kernels="dense")
+    assert (packed.layout, packed.notes) == ("contiguous", ())
+    assert_same(packed, module, (3, 6, 6))

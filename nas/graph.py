@@ -71,12 +71,15 @@ class Graph:
         """Add a node behind its inputs and return its name.
 
         Raises:
-            ValueError: A name that is taken or holds a dot, an input that is no node before, or a
-                subset that does not label each input.
+            ValueError: A name that is taken, holds a dot or lies inside another's, an input that
+                is no node before, or a subset that does not label each input.
         """
         unknown = [i for i in inputs if i != INPUT and i not in self.nodes]
-        if name in self.nodes or name == INPUT or "." in name:
-            raise ValueError(f"{name}: a node's name is new and holds no dots")
+        if not name or name in self.nodes or name == INPUT or "." in name:
+            raise ValueError(f"{name}: a node's name is new, not empty and holds no dots")
+        nested = [n for n in self.nodes if _nested(n, name) or _nested(name, n)]
+        if nested:
+            raise ValueError(f"{name}: no node's name lies inside another's, as with {nested[0]}")
         if unknown or not inputs:
             raise ValueError(f"{name}: inputs must be nodes before it, got {unknown or 'none'}")
         if keep is not None and len(keep.items) != len(inputs):
@@ -106,12 +109,12 @@ class Graph:
                 passed[node.name] = node.name
             else:
                 passed[node.name] = passed[node.inputs[0]]
-        return settled._used()
+        return settled._used_by(passed[self.output])
 
-    def _used(self) -> Graph:
-        if not self.nodes:
+    def _used_by(self, output: str) -> Graph:
+        if output == INPUT:
             raise ValueError("a graph needs at least one node that is kept")
-        alive = nx.ancestors(self.networkx(), self.output) | {self.output}
+        alive = nx.ancestors(self.networkx(), output) | {output}
         self.nodes = {name: node for name, node in self.nodes.items() if name in alive}
         return self
 
@@ -158,6 +161,10 @@ def weight_path(node: Node, label: Label, inner: str) -> str:
     """The state-dict key of a node's weight; a candidate of a choice adds its option's label."""
     place = node.name.replace("/", ".")
     return ".".join(str(p) for p in (place, label, inner) if p != "")
+
+
+def _nested(inner: str, outer: str) -> bool:
+    return inner.startswith(f"{outer}/")
 
 
 def _found(node: Node) -> Iterator[Decision]:

@@ -118,7 +118,7 @@ def check_blob(data: Tensor) -> None:
 
 # Channels whose panel stays in the first-level cache; the last is of KxK kernels, whose
 # panels reach over several rows.
-_LINEAR_CHUNK, _POINTWISE_CHUNK, _CONV_CHUNK = 96, 96, 16
+_LINEAR_CHUNK, _POINTWISE_CHUNK, _CONV_CHUNK = 256, 256, 32
 
 
 def _weight(weight: Tensor, name: str, dims: tuple[str, ...]) -> Weight:

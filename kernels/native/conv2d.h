@@ -33,10 +33,8 @@ struct Conv {
 struct Plain {
   float* y;
   int64_t plane;
-  template <int N>
-  void operator()(int64_t row, const vf (&acc)[N]) const {
-    for (int v = 0; v < N; ++v) store(y + row * plane + v * V, acc[v]);
-  }
+  static constexpr bool kAtOnce = true;
+  void one(int64_t row, int v, vf sum) const { store(y + row * plane + v * V, sum); }
 };
 
 static inline bool in_place(const Conv& c) {
@@ -109,16 +107,30 @@ static Layout choose_layout(const Conv& c) {
   return layout(c, 1, band);
 }
 
-static void fill_line(float* to, const float* from, int64_t first, int64_t last, int64_t width, int64_t stride) {
-  int64_t i = 0;
-  for (; i < first; ++i) to[i] = 0.f;
-  if (stride == 1 && last - first >= V) {
-    for (; i + V <= last; i += V) store(to + i, load(from + i - first));
-    if (i < last) store(to + last - V, load(from + last - first - V));
-    i = last;
+// n floats, n < V
+static inline void copy_few(float* to, const float* from, int64_t n) {
+  typedef float v4 __attribute__((vector_size(16), aligned(4), may_alias));
+  if (n < 4) {
+    for (int64_t i = 0; i < n; ++i) to[i] = from[i];
+    return;
   }
-  for (; i < last; ++i) to[i] = from[(i - first) * stride];
-  for (; i < width; ++i) to[i] = 0.f;
+  for (int64_t i = 0; i + 4 <= n; i += 4) *(v4*)(to + i) = *(const v4*)(from + i);
+  *(v4*)(to + n - 4) = *(const v4*)(from + n - 4);
+}
+
+// `first` zeros, the data, and zeros up to width. May write V floats beyond: lines are written in order.
+static inline void fill_line(float* to, const float* from, int64_t first, int64_t last, int64_t width, int64_t stride) {
+  for (int64_t i = 0; i < first; i += V) store(to + i, vf{});
+  const int64_t n = last - first;
+  if (stride != 1) {
+    for (int64_t i = 0; i < n; ++i) to[first + i] = from[i * stride];
+  } else if (n < V) {
+    copy_few(to + first, from, n);
+  } else {
+    for (int64_t i = 0; i + V <= n; i += V) store(to + first + i, load(from + i));
+    store(to + last - V, load(from + n - V));
+  }
+  for (int64_t i = last; i < width; i += V) store(to + i, vf{});
 }
 
 // one phase plane of one channel: images [image, image + count), rows of the band that starts at `top`
@@ -165,79 +177,84 @@ static int32_t* place(const Conv& c, const Layout& l) {
 }
 
 // Lanes of a vector that lie together in the output: `count` of them, brought to the front by a permutation.
+// Vector v has segment v first; `next` is another of the same vector, 0: none.
 struct Segment {
   int64_t out;
-  int32_t count, whole;  // whole: a full store is allowed, what follows is written later
+  int32_t next;
+  int16_t count, whole;  // whole: a full store is allowed, what follows is written later
 };
 
 struct Segments {
-  int32_t* first;  // of each vector
   Segment* segment;
   int32_t* perm;
 };
 
 static Segments segments(const Conv& c, const Layout& l, int64_t image, int64_t count, int64_t top, int64_t rows) {
-  const int64_t vectors = ceil_pos(l.line(count, rows, c.cols.out), V);
-  const int64_t most = vectors + count * rows + 1;
-  Segments s{scratch.get<int32_t>(kSegments, vectors + 2 + most * 4), nullptr, scratch.get<int32_t>(kPerms, most * V)};
-  s.segment = reinterpret_cast<Segment*>(s.first + (vectors + 2) / 2 * 2);
-  int64_t used = 0, next = 0;
+  const int64_t vectors = ceil_pos(l.line(count, rows, c.cols.out), V), most = vectors + count * rows;
+  Segments s{scratch.get<Segment>(kSegments, most), scratch.get<int32_t>(kPerms, most * V)};
+  std::memset(s.segment, 0, static_cast<size_t>(most) * sizeof(Segment));
+  std::memset(s.perm, 0, static_cast<size_t>(most * V) * sizeof(int32_t));
+  int64_t used = vectors, now = 0;
   for (int64_t n = 0; n < count; ++n) {
-    const int64_t base = (image + n) * c.h->rows * c.out_plane();
-    const int64_t end = base + (top + rows) * c.cols.out;
+    const int64_t base = (image + n) * c.h->rows * c.out_plane(), end = base + (top + rows) * c.cols.out;
     for (int64_t r = 0; r < rows; ++r) {
       int64_t out = base + (top + r) * c.cols.out;
       const int64_t start = (n * l.image_rows + r) * l.pitch, stop = start + c.cols.out;
       for (int64_t p = start; p < stop;) {
         const int64_t vector = p / V, upto = std::min(stop, (vector + 1) * V);
-        const bool joins = next == vector + 1 && s.segment[used - 1].out + s.segment[used - 1].count == out;
-        while (next <= vector) s.first[next++] = static_cast<int32_t>(used);
-        if (!joins) s.segment[used++] = {out, 0, out + V <= end};
-        Segment& seg = s.segment[used - 1];
-        for (; p < upto; ++p, ++out) s.perm[(used - 1) * V + seg.count++] = static_cast<int32_t>(p % V);
+        if (s.segment[vector].count == 0) now = vector;
+        else if (s.segment[now].out + s.segment[now].count != out)
+          s.segment[now].next = static_cast<int32_t>(used), now = used++;
+        Segment& seg = s.segment[now];
+        if (seg.count == 0) seg = {out, 0, 0, out + V <= end};
+        for (; p < upto; ++p, ++out) s.perm[now * V + seg.count++] = static_cast<int32_t>(p - vector * V);
       }
     }
   }
-  for (int64_t i = 0; i < used; ++i)
-    for (int32_t j = s.segment[i].count; j < V; ++j) s.perm[i * V + j] = 0;
-  while (next <= vectors) s.first[next++] = static_cast<int32_t>(used);
   return s;
 }
 
 struct Scatter {
   float* y;
   int64_t plane, vector;
-  const Segments* s;
-  template <int N>
-  void operator()(int64_t row, const vf (&acc)[N]) const {
-    for (int v = 0; v < N; ++v)
-      for (int32_t i = s->first[vector + v]; i < s->first[vector + v + 1]; ++i) {
-        const Segment& seg = s->segment[i];
-        const vf lanes = permute(acc[v], s->perm + static_cast<int64_t>(i) * V);
-        float* to = y + row * plane + seg.out;
-        if (seg.whole) store(to, lanes);
-        else std::memcpy(to, &lanes, static_cast<size_t>(seg.count) * 4);
-      }
+  Segments s;
+  static constexpr bool kAtOnce = false;
+  void one(int64_t row, int v, vf sum) const {
+    float* to = y + row * plane;
+    int64_t i = vector + v;
+    do {
+      part(to, sum, i);
+    } while ((i = s.segment[i].next));
+  }
+  void part(float* to, vf sum, int64_t i) const {
+    const Segment& seg = s.segment[i];
+    const vf lanes = permute(sum, s.perm + i * V);
+    if (seg.whole) store(to + seg.out, lanes);
+    else std::memcpy(to + seg.out, &lanes, static_cast<size_t>(seg.count) * 4);
   }
 };
 
 static void conv_padded(const Conv& c) {
   const Layout l = choose_layout(c);
-  const int64_t bands = ceil_pos(c.rows.out, l.band), sets = ceil_pos(c.images, l.images), groups = c.h->groups;
+  const int64_t bands = ceil_pos(c.rows.out, l.band), places = ceil_pos(c.images, l.images) * bands;
+  const int64_t shares = std::min<int64_t>(c.h->groups, ceil_pos(c.threads, places));
   const int units = static_cast<int>(c.group_rows() / c.h->block);
   Rows w = c.w;
   w.offsets = place(c, l);
-  parallel(sets * bands * groups, c.threads, [&, w](int64_t task) {
-    const int64_t group = task % groups, top = task / groups % bands * l.band;
-    const int64_t image = task / groups / bands * l.images, count = std::min(l.images, c.images - image);
+  parallel(places * shares, c.threads, [&, w](int64_t task) {
+    const int64_t share = task % shares, top = task / shares % bands * l.band;
+    const int64_t image = task / shares / bands * l.images, count = std::min(l.images, c.images - image);
     const int64_t rows = std::min(l.band, c.rows.out - top);
     const Segments s = segments(c, l, image, count, top, rows);
+    const int64_t vectors = ceil_pos(l.line(count, rows, c.cols.out), V);
     float* planes = scratch.get<float>(kPadded, c.h->channels * l.channel);
     float* partial = scratch.get<float>(kPartial, c.group_rows() * kWidest * V);
-    fill(c, l, group, image, count, top, planes);
-    panels(w, 0, ceil_pos(l.line(count, rows, c.cols.out), V), static_cast<int>(group) * units,
-           static_cast<int>(group + 1) * units, partial, [&](int64_t begin, int64_t) { return planes + begin * V; },
-           [&](int64_t begin, int64_t) { return Scatter{c.y, c.out_plane(), begin, &s}; });
+    for (int64_t g = c.h->groups * share / shares; g < c.h->groups * (share + 1) / shares; ++g) {
+      fill(c, l, g, image, count, top, planes);
+      panels(w, 0, vectors, static_cast<int>(g) * units, static_cast<int>(g + 1) * units, partial,
+             [&](int64_t begin, int64_t) { return planes + begin * V; },
+             [&](int64_t begin, int64_t) { return Scatter{c.y, c.out_plane(), begin, s}; });
+    }
   });
 }
 

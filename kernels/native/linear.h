@@ -18,11 +18,6 @@ struct Layer {
 
 // --- a few samples
 
-template <int B>
-struct Slice {
-  float sum[B][kSlice];
-};
-
 // sum[b][lane] of one slice; odd and even steps are added apart
 template <int B>
 static void slice(const Header& h, int s, const float* x, int64_t stride, float (&sum)[B][kSlice]) {
@@ -115,10 +110,8 @@ static void transpose(const float* from, int64_t rows, int64_t cols, int64_t fro
 struct Lanes {
   float* y;
   int64_t pitch;
-  template <int N>
-  void operator()(int64_t row, const vf (&acc)[N]) const {
-    for (int v = 0; v < N; ++v) store(y + row * pitch + v * V, acc[v]);
-  }
+  static constexpr bool kAtOnce = true;
+  void one(int64_t row, int v, vf sum) const { store(y + row * pitch + v * V, sum); }
 };
 
 // rows [from, to) units of a layer, lanes in and lanes out

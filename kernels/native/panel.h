@@ -26,30 +26,39 @@ using Tile = vf[R][N];
 
 template <int R, int N>
 static inline void open(Tile<R, N>& acc, const Rows& w, int chunk, int row, const float* partial) {
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < N; ++v)
-      acc[r][v] = chunk ? load(partial + (r * N + v) * V) : splat(w.bias ? w.bias[row + r] : 0.f);
+  SN_UNROLL for (int r = 0; r < R; ++r) {
+    const vf bias = splat(w.bias ? w.bias[row + r] : 0.f);
+    SN_UNROLL for (int v = 0; v < N; ++v) acc[r][v] = chunk ? load(partial + (r * N + v) * V) : bias;
+  }
+}
+
+// the slow way out: sums that need an activation, or whose lanes scatter
+template <class Store>
+static __attribute__((noinline)) void finish(int activation, int row, int rows, int vectors, float* sums,
+                                             const Store& out) {
+  if (activation) activate_all(sums, rows * vectors, activation);
+  for (int r = 0; r < rows; ++r, sums += vectors * V)
+    for (int v = 0; v < vectors; ++v) out.one(row + r, v, load(sums + v * V));
 }
 
 template <int R, int N, class Store>
 static inline void close(Tile<R, N>& acc, const Rows& w, int chunk, int row, float* partial, const Store& out) {
-  if (chunk + 1 < w.chunks) {
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < N; ++v) store(partial + (r * N + v) * V, acc[r][v]);
+  const bool last = chunk + 1 == w.chunks;
+  if (Store::kAtOnce && last && !w.activation) {
+    SN_UNROLL for (int r = 0; r < R; ++r)
+      SN_UNROLL for (int v = 0; v < N; ++v) out.one(row + r, v, acc[r][v]);
     return;
   }
-  for (int r = 0; r < R; ++r) {
-    if (w.activation)
-      for (int v = 0; v < N; ++v) acc[r][v] = activate(acc[r][v], w.activation);
-    out(row + r, acc[r]);
-  }
+  SN_UNROLL for (int r = 0; r < R; ++r)
+    SN_UNROLL for (int v = 0; v < N; ++v) store(partial + (r * N + v) * V, acc[r][v]);
+  if (last) finish(w.activation, row, R, N, partial, out);
 }
 
 template <int N>
-static inline void add(vf (&acc)[N], const Rows& w, int32_t i, const float* x) {
+static inline void add(vf (&acc)[N], const Rows& w, int64_t i, const float* x) {
   const float* p = x + w.offsets[i] * w.stride;
-  const float value = w.values[i];
-  for (int v = 0; v < N; ++v) acc[v] += value * load(p + v * V);
+  const vf value = splat(w.values[i]);
+  SN_UNROLL for (int v = 0; v < N; ++v) acc[v] += value * load(p + v * V);
 }
 
 // R single rows at a time: their chains of additions overlap
@@ -58,27 +67,28 @@ static inline void add_rows(Tile<R, N>& acc, const Rows& w, const int32_t* start
   int32_t common = start[1] - start[0];
   for (int r = 1; r < R; ++r) common = std::min(common, start[r + 1] - start[r]);
   for (int32_t i = 0; i < common; ++i)
-    for (int r = 0; r < R; ++r) add(acc[r], w, start[r] + i, x);
-  for (int r = 0; r < R; ++r)
-    for (int32_t i = start[r] + common; R > 1 && i < start[r + 1]; ++i) add(acc[r], w, i, x);
+    SN_UNROLL for (int r = 0; r < R; ++r) add(acc[r], w, start[r] + i, x);
+  if constexpr (R > 1)
+    SN_UNROLL for (int r = 0; r < R; ++r)
+      for (int32_t i = start[r] + common; i < start[r + 1]; ++i) add(acc[r], w, i, x);
 }
 
 // four rows that share their columns: an activation is loaded once for four multiply-adds
 template <int N>
 static inline void add_blocks(Tile<4, N>& acc, const Rows& w, const int32_t* start, const float* x) {
-  for (int32_t i = start[0]; i < start[1]; ++i) {
+  for (int64_t i = start[0]; i < start[1]; ++i) {
     const float* p = x + w.offsets[i] * w.stride;
     vf in[N];
-    for (int v = 0; v < N; ++v) in[v] = load(p + v * V);
-    for (int r = 0; r < 4; ++r) {
-      const float value = w.values[4 * static_cast<int64_t>(i) + r];
-      for (int v = 0; v < N; ++v) acc[r][v] += value * in[v];
+    SN_UNROLL for (int v = 0; v < N; ++v) in[v] = load(p + v * V);
+    SN_UNROLL for (int r = 0; r < 4; ++r) {
+      const vf value = splat(w.values[4 * i + r]);
+      SN_UNROLL for (int v = 0; v < N; ++v) acc[r][v] += value * in[v];
     }
   }
 }
 
 template <bool Blocks, int R, int N, class Store>
-static inline void unit_rows(const Rows& w, int chunk, int unit, int row, const float* x, float* partial,
+static inline __attribute__((always_inline)) void unit_rows(const Rows& w, int chunk, int unit, int row, const float* x, float* partial,
                              const Store& out) {
   Tile<R, N> acc;
   const int32_t* start = w.starts + static_cast<int64_t>(chunk) * w.units + unit;

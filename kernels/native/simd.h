@@ -9,6 +9,13 @@
 #include <emmintrin.h>
 #endif
 
+// arrays of sums stay in registers only if every loop over them is unrolled early
+#if defined(__clang__)
+#define SN_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define SN_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 namespace sn {
 
 constexpr int V = SN_LANES;
@@ -21,7 +28,7 @@ static inline vf load(const float* p) {
   return v;
 }
 static inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
-static inline vf splat(float a) { return vf{} + a; }
+static inline vf splat(float a) { return a - vf{}; }  // a - 0 is a, and folds to a broadcast
 static inline vf vmin(vf a, vf b) { return a > b ? b : a; }  // a NaN in `a` stays
 static inline vf vmax(vf a, vf b) { return a < b ? b : a; }
 
@@ -83,6 +90,10 @@ static inline vf activate(vf x, int kind) {
     case kGelu: return gelu(x);
     default: return x;
   }
+}
+
+static inline void activate_all(float* x, int vectors, int kind) {
+  for (int i = 0; i < vectors; ++i) store(x + i * V, activate(load(x + i * V), kind));
 }
 
 }  // namespace sn

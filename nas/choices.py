@@ -283,6 +283,16 @@ class Choices:
             for other in self._by_name[name].near(pick):
                 yield self._completed({**picks, name: other}, rng)
 
+    def mutate(self, picks: Picks, rng: np.random.Generator) -> Picks:
+        """One neighbour: a decision drawn uniformly, then another pick of it."""
+        near = {name: self._by_name[name].near(pick) for name, pick in picks.items()}
+        able = [name for name, others in near.items() if others]
+        if not able:
+            return dict(picks)
+        name = able[int(rng.integers(len(able)))]
+        other = near[name][int(rng.integers(len(near[name])))]
+        return self._completed({**picks, name: other}, rng)
+
     def _completed(self, picks: Mapping[str, Pick], rng: np.random.Generator | None) -> Picks:
         done = dict(picks)
         for choice in self:

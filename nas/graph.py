@@ -72,7 +72,8 @@ class Graph:
 
         Raises:
             ValueError: A name that is taken, holds a dot or lies inside another's, an input that
-                is no node before, or a subset that does not label each input.
+                is no node before, a subset that does not label each input, or a choice of
+                operations inside an operation.
         """
         unknown = [i for i in inputs if i != INPUT and i not in self.nodes]
         if not name or name in self.nodes or name == INPUT or "." in name:
@@ -80,6 +81,10 @@ class Graph:
         nested = [n for n in self.nodes if _nested(n, name) or _nested(name, n)]
         if nested:
             raise ValueError(f"{name}: no node's name lies inside another's, as with {nested[0]}")
+        own = getattr(operation, "name", "")
+        inner = [c.name for c in find(operation) if c.name != own and _of_operations(c)]
+        if inner:
+            raise ValueError(f"{name}: a choice of operations stands at a node, {inner[0]} in one")
         if unknown or not inputs:
             raise ValueError(f"{name}: inputs must be nodes before it, got {unknown or 'none'}")
         if keep is not None and len(keep.items) != len(inputs):
@@ -165,6 +170,10 @@ def weight_path(node: Node, label: Label, inner: str) -> str:
 
 def _nested(inner: str, outer: str) -> bool:
     return inner.startswith(f"{outer}/")
+
+
+def _of_operations(choice: Decision) -> bool:
+    return isinstance(choice, Choice) and any(isinstance(o, Operation) for _, o in choice.options)
 
 
 def _found(node: Node) -> Iterator[Decision]:

@@ -16,9 +16,20 @@ from typing import TYPE_CHECKING, Any
 import networkx as nx
 import numpy as np
 
-from nas.choices import Choice, Choices, Decision, Label, Pick, Picks, Subset, fingerprint
+from nas.choices import (
+    Choice,
+    Choices,
+    Decision,
+    Label,
+    Pick,
+    Picks,
+    Subset,
+    fingerprint,
+    merge,
+)
 from nas.graph import Graph, Node
 from nas.operations import Layer, Operation, Shape
+from nas.sparsity import check
 
 if TYPE_CHECKING:
     from torch import nn
@@ -88,6 +99,10 @@ class Space:
     def neighbours(self, picks: Picks, rng: np.random.Generator | None = None) -> Iterator[Picks]:
         """Picks that differ in one decision."""
         return self.choices.neighbours(picks, rng)
+
+    def mutate(self, picks: Picks, rng: np.random.Generator) -> Picks:
+        """Picks that differ in one decision, drawn."""
+        return self.choices.mutate(picks, rng)
 
     def architecture(self, picks: Mapping[str, Pick]) -> Architecture:
         """The architecture of these picks, canonical. Raises ValueError if they are not valid."""
@@ -178,7 +193,9 @@ class GraphSpace(Space):
     ) -> None:
         self.graph = graph
         shapes = [[name, list(shape)] for name, shape in graph.shapes().items()]
-        super().__init__([*first, *graph.choices()], graph.input_shape, shapes, origin)
+        choices = merge([*first, *graph.choices()])
+        super().__init__(choices, graph.input_shape, shapes, origin)
+        _check_sparsities(graph, choices)
 
     def settled(self, picks: Mapping[str, Pick]) -> Graph:
         """The graph under these picks; what they leave open stays a choice."""
@@ -231,6 +248,21 @@ class GraphSpace(Space):
                 held = drawn.nodes[node.name]
                 held.setdefault("sparsity", getattr(layer.sparsity, "label", "open"))
         return drawn
+
+
+def _check_sparsities(graph: Graph, choices: Iterable[Decision]) -> None:
+    """Raise ValueError for a sparsity that its tensor does not admit at every width."""
+    names = {c.name for c in choices}
+    of_sizes = [c for c in choices if isinstance(c, Choice) and type(c.labels[0]) is int]
+    each: list[Picks] = [{c.name: size} for c in of_sizes for size in c.labels]
+    for picks in ({}, *each):
+        for _, _, layer in graph.settle(picks, names - set(picks)).layers():
+            for sparsity in _options(layer.sparsity):
+                check(sparsity, layer.shape, layer.path)
+
+
+def _options(sparsity: Any) -> list[Any]:
+    return [x for _, x in sparsity.options] if isinstance(sparsity, Choice) else [sparsity]
 
 
 def _title(node: Node) -> str:

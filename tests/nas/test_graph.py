@@ -155,6 +155,13 @@ def test_inputs_are_nodes_before_it_and_labelled_by_its_subset() -> None:
         graph.add("sum", Sum(), INPUT, INPUT, when=When("deep", (True,)))
 
 
+def test_a_choice_of_operations_inside_an_operation_is_refused() -> None:
+    inner = Choice("inner", {"a": SparseLinear(4), "b": Identity()})
+    for operation in (Sequence((("first", inner),)), Choice("op", {"x": inner, "y": Identity()})):
+        with pytest.raises(ValueError, match=r"node: a choice of operations .* inner in one"):
+            Graph((4,)).add("node", operation, INPUT)
+
+
 @pytest.mark.parametrize(
     ("operation", "shape", "error"),
     [

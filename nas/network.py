@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nas.choices import Choice, Decision, When
+from nas.expected import Expected
 from nas.graph import INPUT, Graph, Node, weight_path
 from nas.masks import Mixture, Plan, attach_all, original, sparse_weights
 from nas.modules import Zero
@@ -31,6 +32,7 @@ class Network(nn.Module):
     Attributes:
         mixture: Weights of every open choice, uniform until set. A subset is summed without
             weights until `mixture.add(name, items)` gives it some.
+        expected_cost: `expected_cost(mixture, "flops")`, or "nonzeros"; gradients flow through.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class Network(nn.Module):
         self._open = {c.name: c for c in still_open if isinstance(c, Choice)}
         for name, choice in self._open.items():
             self.mixture.add(name, len(choice.open_labels))
+        self.expected_cost = Expected(graph, self._open)
         self._steps = [self._step(node, shapes) for node in graph.nodes.values()]
         self._output = graph.output
         if masked:

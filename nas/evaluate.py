@@ -14,6 +14,7 @@ from nas.choices import Picks
 from nas.costs import Analytic, Cost, Measured
 from nas.masks import load_training_state, sparse_weights, training_state
 from nas.network import inherit
+from nas.problem import Direction
 from nas.space import Space
 from nas.store import State
 from nas.tasks import Metric, Task
@@ -93,9 +94,13 @@ class Evaluate:
         """The costs that run the packed network."""
         return [c for c in self.costs if isinstance(c, Measured)]
 
-    def direction(self, name: str) -> Any:
-        """Which way a metric or cost is better."""
-        return next((m.direction for m in self.metrics if m.name == name), "minimize")
+    @property
+    def directions(self) -> dict[str, Direction] | None:
+        """Which way each metric is better; None if only your function knows their names."""
+        known: dict[str, Direction] = {m.name: m.direction for m in self.metrics}
+        if self.task is not None:
+            return {**known, "loss": "minimize"}
+        return known or None
 
     def unit(self, name: str) -> str:
         """The unit of a metric or cost; empty for none."""

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from nas.callbacks import Callback
-from nas.costs import COSTS
 from nas.evaluate import Evaluate, Outcome
 from nas.executors import Executor, InProcess
+from nas.problem import make_problem
 from nas.provenance import provenance
 from nas.results import write_results
 from nas.run import VERSION, Record, Run
@@ -37,6 +37,7 @@ def search(
     callbacks: Sequence[Callback] = (),
     resume: bool = False,
     repeat: bool = False,
+    arguments: Mapping[str, Any] | None = None,
 ) -> Run:
     """Search a space, and leave the run's folder with all that was found.
 
@@ -53,6 +54,7 @@ def search(
         callbacks: Told as the search goes on.
         resume: Go on with the run in `out`, from its log.
         repeat: Train equal architectures again rather than take the first one's result.
+        arguments: What to keep in `run.json` beside all this: how a script was called.
 
     Returns:
         The run; `run.interrupted` after Ctrl-C.
@@ -60,12 +62,20 @@ def search(
     Raises:
         ValueError: What was asked for cannot be, in one line, before any work.
     """
-    problem = make_problem(space, evaluate, objectives, limits or {}, trials, epochs)
+    problem = make_problem(
+        space,
+        objectives,
+        limits or {},
+        trials,
+        epochs,
+        metrics=evaluate.directions,
+        costs=evaluate.costs,
+    )
     strategy.start(problem)
     store = Store(Path(out))
     run = Run(store, problem, evaluate)
     try:
-        events = _open(run, strategy, resume)
+        events = _open(run, strategy, resume, arguments or {})
         loop = _Loop(run, strategy, executor or InProcess(), callbacks, repeat)
         loop.replay(events)
         loop.run_all()
@@ -76,60 +86,17 @@ def search(
     return run
 
 
-def make_problem(
-    space: Space,
-    evaluate: Evaluate,
-    objectives: Sequence[str | Objective],
-    limits: Mapping[str, float],
-    trials: int,
-    epochs: int,
-) -> Problem:
-    """Check what is asked for. Raises ValueError naming the law and the value."""
-    wanted = tuple(
-        o if isinstance(o, Objective) else Objective(o, evaluate.direction(o)) for o in objectives
-    )
-    costs = {c.name for c in evaluate.costs}
-    if not wanted or len({o.name for o in wanted}) != len(wanted):
-        raise ValueError(f"objectives: at least one, each once, got {[o.name for o in wanted]}")
-    if min(trials, epochs) < 1:
-        raise ValueError(f"trials and epochs must be at least 1, got {trials} and {epochs}")
-    known = costs | {m.name for m in evaluate.metrics}
-    for name in (o.name for o in wanted):
-        if name not in known and (evaluate.task is not None or name in COSTS):
-            raise ValueError(f"objective {name!r} is none of {sorted(known)}")
-    check_limits(limits, costs)
-    _check_smallest(space, evaluate, limits)
-    return Problem(space, wanted, dict(limits), trials, epochs)
-
-
-def check_limits(limits: Mapping[str, float], costs: set[str]) -> None:
-    """Raise ValueError for a limit that is not positive, or not on a cost."""
-    for name, limit in limits.items():
-        if name not in costs:
-            raise ValueError(f"limit {name}: only a cost can be limited, one of {sorted(costs)}")
-        if not limit > 0:
-            raise ValueError(f"limit {name}: must be positive, got {limit:g}")
-
-
-def _check_smallest(space: Space, evaluate: Evaluate, limits: Mapping[str, float]) -> None:
-    if not any(name in limits for name in COSTS):
-        return
-    for name, value in evaluate.analytic(space, space.smallest()).items():
-        if value > limits.get(name, value):
-            raise ValueError(
-                f"limit {name}={limits[name]:g}: the smallest architecture has {value:g}"
-            )
-
-
 def violations(metrics: Mapping[str, float], limits: Mapping[str, float]) -> dict[str, float]:
     """By what share of a limit it is passed, for each that is."""
     over = {n: metrics[n] / limit - 1 for n, limit in limits.items() if n in metrics}
     return {name: amount for name, amount in over.items() if amount > 0}
 
 
-def _open(run: Run, strategy: Strategy, resume: bool) -> list[dict[str, Any]]:
+def _open(
+    run: Run, strategy: Strategy, resume: bool, arguments: Mapping[str, Any]
+) -> list[dict[str, Any]]:
     """Write or compare `run.json`; the events of the log so far."""
-    described, store = describe(run, strategy), run.store
+    described, store = {**describe(run, strategy), "arguments": dict(arguments)}, run.store
     before, events = store.read("run.json"), store.events()
     if not resume and (events or before):
         raise ValueError(f"{run.folder}: holds a run already; resume it, or choose another folder")

@@ -52,12 +52,13 @@ class State(Box):
 def parted(cell: nx.DiGraph[Any]) -> nx.DiGraph[Any]:
     """The cell with every labelled edge parted by a node (u, v), where its operation is written.
 
-    The new nodes carry what the edge carried.
+    The new nodes carry what the edge carried. An edge without a label, or with "", stays one; the
+    label None is that of an open choice.
     """
     graph: nx.DiGraph[Any] = nx.DiGraph()
     graph.add_nodes_from(cell)
     for u, v, held in cell.edges(data=True):
-        if "label" in held:
+        if held.get("label", "") != "":
             graph.add_node((u, v), **held)
             nx.add_path(graph, [u, (u, v), v])
         else:
@@ -68,7 +69,7 @@ def parted(cell: nx.DiGraph[Any]) -> nx.DiGraph[Any]:
 def cell_boxes(graph: nx.DiGraph[Any], times: Mapping[str, float]) -> dict[Any, Box]:
     """Boxes of a parted cell: its states, and the operations between them."""
     return {
-        node: _operation_box(held, _time(held.get("path", ""), times))
+        node: _operation_box(held, _time(held.get("path", ()), times))
         if "label" in held
         else State((state(str(node)),))
         for node, held in graph.nodes(data=True)
@@ -145,16 +146,18 @@ def _operation_box(held: Mapping[str, Any], ms: float | None) -> Box:
 def _operation(held: Mapping[str, Any]) -> str:
     node = held.get("node")
     kind = getattr(node.operation, "kind", "") if node is not None and not node.label else ""
-    return f"{held.get('label', '')} {kind}".strip()
+    label = held.get("label", "")
+    return f"{OPEN if label is None else label} {kind}".strip()
 
 
 def _milliseconds(ms: float | None) -> str:
     return "" if ms is None else f"{ms:.3g} ms"
 
 
-def _time(path: str, times: Mapping[str, float]) -> float | None:
-    """Milliseconds of a node: those of every layer at or below its path."""
-    found = [ms for layer, ms in times.items() if f"{layer}/".startswith(f"{path}/")]
+def _time(paths: str | Sequence[str], times: Mapping[str, float]) -> float | None:
+    """Milliseconds of a node, or of several together: those of every layer at or below a path."""
+    below = tuple(f"{path}/" for path in ([paths] if isinstance(paths, str) else paths))
+    found = [ms for layer, ms in times.items() if f"{layer}/".startswith(below)]
     return sum(found) if found else None
 
 

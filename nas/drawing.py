@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDEST = 13.0  # inches of a row of boxes, and of cells beside each other
+WIDEST, BESIDE = 13.0, 16.0  # inches of a row of boxes, and of cells beside each other
 FONT = 8.0  # points
 MARGIN, HEADING, APART, HEAD = 0.4, 0.35, 0.9, 0.08  # inches
 INK, QUIET = "#1a1a1a", "#5a5a5a"
@@ -57,8 +57,9 @@ def architecture_picture(
     """Draw an architecture from left to right: operations, their sparsity, milliseconds.
 
     A space that has a method `cells(picks)`, which returns a graph by title, has its cells drawn:
-    states as nodes, and edges that may carry `label`, `sparsity` and `path`. Of any other space
-    the whole graph is drawn, chains as one box where it has more than 40 nodes.
+    states as nodes, and edges that may carry `label`, `sparsity` and `path` (the node's, or those
+    of all nodes that share the choice; their milliseconds are added up). Of any other space the
+    whole graph is drawn, pieces of chains as one box where it has more than 40 nodes.
 
     Args:
         space: Where the picks are from.
@@ -101,7 +102,7 @@ def _corners(panels: Sequence[Panel]) -> tuple[list[Point], tuple[float, float]]
     heading = HEADING if any(p.title for p in panels) else 0.0
     wide, high = sum(w for w, _ in sizes) + APART * (len(sizes) - 1), max(h for _, h in sizes)
     floor, corners = MARGIN, []
-    if wide <= WIDEST:
+    if wide <= BESIDE:
         left = MARGIN
         for w, h in sizes:
             corners.append((left, floor + (high - h) / 2))
@@ -119,7 +120,12 @@ def _corners(panels: Sequence[Panel]) -> tuple[list[Point], tuple[float, float]]
 def _paint_panel(axes: Axes, panel: Panel, corner: Point) -> None:
     x, y = corner
     axes.text(
-        x, y + panel.layout.size[1] + 0.2, panel.title, fontsize=FONT + 3, color=INK, va="center"
+        x,
+        y + panel.layout.size[1] + 0.2,
+        panel.title.replace("_", " "),
+        fontsize=FONT + 3,
+        color=INK,
+        va="center",
     )
     for (u, v), route in panel.layout.routes.items():
         density = _of_edge(panel.boxes[u], panel.boxes[v])

@@ -22,6 +22,13 @@ _DROPOUTS = {
     aten.feature_dropout_.default,
     aten.feature_alpha_dropout.default,
 }
+_ALIASES = {aten.alias.default, aten.detach.default}
+_RESHAPES = {
+    aten.contiguous.default,
+    aten.flatten.using_ints,
+    aten.reshape.default,
+    aten.view.default,
+}
 _CHECKS = {
     aten._assert_async.msg,
     aten._assert_scalar.default,
@@ -41,14 +48,9 @@ _UNSERVED = {
     aten.gru.input,
     aten.bilinear.default,
 }
-_PRODUCTS = {
-    aten.linear.default,
-    aten.addmm.default,
-    aten.mm.default,
-    aten.matmul.default,
-    aten.conv2d.default,
-    aten.conv2d.padding,
-}
+_OUT_FIRST = {aten.linear.default, aten.conv2d.default, aten.conv2d.padding}
+_MATRIX_PRODUCTS = {aten.mm.default, aten.matmul.default}
+_PRODUCTS = _OUT_FIRST | _MATRIX_PRODUCTS | {aten.addmm.default}
 
 
 def fuse(module: GraphModule, paths: Mapping[int, str]) -> tuple[str, ...]:
@@ -63,10 +65,11 @@ def fuse(module: GraphModule, paths: Mapping[int, str]) -> tuple[str, ...]:
     _drop_noops(module)
     constants.fold(module)
     notes = tuple(_make_layers(module, paths))
+    _drop_reshapes(module)
     for node in layer_nodes(module):
         _absorb(module, node)
+    _drop_reshapes(module)
     _share(layer_nodes(module))
-    _drop_copies(module)
     module.graph.eliminate_dead_code()
     module.graph.lint()
     return notes
@@ -87,15 +90,17 @@ def _drop_noops(module: GraphModule) -> None:
     for node in list(module.graph.nodes):
         if node.target in _CHECKS:
             module.graph.erase_node(node)
-        elif node.target in _DROPOUTS and not node.args[2]:
+        elif node.target in _ALIASES or (node.target in _DROPOUTS and not node.args[2]):
             _forward(module, node)
 
 
-def _drop_copies(module: GraphModule) -> None:
-    """A layer's result is contiguous: asking again is a call for nothing."""
+def _drop_reshapes(module: GraphModule) -> None:
+    """A layer's result is contiguous: asking for that, or for its own shape, is for nothing."""
     for node in list(module.graph.nodes):
-        if node.target is aten.contiguous.default and isinstance(node.args[0].target, Layer):
-            _forward(module, node)
+        if node.target in _RESHAPES and isinstance(node.args[0].target, Layer):
+            shapes = [str(part.meta["val"].shape) for part in (node, node.args[0])]
+            if shapes[0] == shapes[1]:
+                _forward(module, node)
 
 
 def _forward(module: GraphModule, node: Node) -> None:
@@ -112,7 +117,7 @@ def _make_layers(module: GraphModule, paths: Mapping[int, str]) -> Iterator[str]
         elif node.target in _PRODUCTS:
             found = _read(module, node, paths)
             if isinstance(found, str):
-                yield f"{module_path(node)}: {node.target} runs as it is: {found}"
+                yield f"{module_path(node)}: {node.target} runs dense: {found}"
             elif found is not None:
                 _replace(module, node, *found)
 
@@ -129,38 +134,30 @@ def _read(
     module: GraphModule, node: Node, paths: Mapping[int, str]
 ) -> tuple[Layer, Node] | str | None:
     """The layer that `node` computes and its input, why there is none, or None if not a layer."""
-    x, weight, bias, conv = _operands(node)
-    matrix = constants.value(module, weight)
-    if matrix is None:
-        return None if node.target in (aten.matmul.default, aten.mm.default) else "computed weight"
-    offset = constants.value(module, bias)
-    if bias is not None and offset is None:
-        return "computed bias"
+    x, source, offset, conv = _operands(node)
+    weight, bias = constants.value(module, source), constants.value(module, offset)
+    if node.target in _MATRIX_PRODUCTS and (weight is None or weight.dim() != 2):
+        return None
+    if weight is None or (offset is not None and bias is None):
+        return "its weight or bias is computed from the input"
     if isinstance(conv, str):
         return conv
-    path = paths.get(id(matrix), module_path(node))
-    layer = _layer(path.removesuffix(".weight"), matrix, offset, conv, node.target)
-    return _checked(node, x, layer)
+    path = paths.get(id(weight), module_path(node)).removesuffix(".weight")
+    weight = weight if node.target in _OUT_FIRST else weight.t()
+    bias = None if bias is None else bias.detach()
+    layer = Layer(path, weight.detach().contiguous(), bias, conv)
+    return _objection(x, layer) or (layer, x)
 
 
-def _layer(
-    name: str, weight: Tensor, bias: Tensor | None, conv: ConvArgs | None, target: Any
-) -> Layer:
-    transposed = target is not aten.linear.default and conv is None and weight.dim() == 2
-    weight = weight.detach().t() if transposed else weight.detach()
-    return Layer(name, weight.contiguous(), None if bias is None else bias.detach(), conv)
-
-
-def _checked(node: Node, x: Node, layer: Layer) -> tuple[Layer, Node] | str | None:
-    dims = {"linear": layer.weight.dim() == 2, "conv2d": x.meta["val"].dim() == 4}[layer.operation]
-    tensors = [layer.weight, x.meta["val"], *([] if layer.bias is None else [layer.bias])]
-    if not dims:
-        return None if node.target is aten.matmul.default else "unbatched input"
-    if any(tensor.dtype != torch.float32 or tensor.device.type != "cpu" for tensor in tensors):
-        return "only float32 on a CPU has sparse kernels"
-    if layer.bias is not None and layer.bias.dim() != 1:
-        return "bias of more than one dimension"
-    return layer, x
+def _objection(x: Node, layer: Layer) -> str:
+    given = x.meta.get("val")
+    if not isinstance(given, Tensor):
+        return "the shape of its input is unknown"
+    if layer.conv is not None and given.dim() != 4:
+        return "its input has no batch"
+    tensors = [layer.weight, given, *([] if layer.bias is None else [layer.bias])]
+    served = all(part.dtype == torch.float32 and part.device.type == "cpu" for part in tensors)
+    return "" if served else "sparse kernels take float32 on a CPU"
 
 
 def _operands(node: Node) -> tuple[Node, Any, Any, ConvArgs | str | None]:
@@ -169,7 +166,7 @@ def _operands(node: Node) -> tuple[Node, Any, Any, ConvArgs | str | None]:
     if node.target is aten.addmm.default:
         bias, x, weight = args[:3]
         return x, None if node.kwargs else weight, bias, None
-    if node.target in (aten.mm.default, aten.matmul.default):
+    if node.target in _MATRIX_PRODUCTS:
         return args[0], args[1], None, None
     x, weight, bias = [*args, None][:3]
     if node.target is aten.linear.default:

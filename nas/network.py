@@ -13,12 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nas.choices import Choice, Decision, When
+from nas.choices import Choice, Decision, When, find
 from nas.expected import Expected
 from nas.graph import INPUT, Graph, Node, weight_path
 from nas.masks import Mixture, Plan, attach_all, original, sparse_weights
 from nas.modules import Zero
-from nas.operations import Operation
+from nas.operations import (
+    Activation,
+    BatchNorm,
+    GlobalAveragePool,
+    Identity,
+    Operation,
+    Pool,
+    Sum,
+)
+
+CHANNELWISE = (Activation, BatchNorm, GlobalAveragePool, Identity, Pool, Sum)
 
 
 class Network(nn.Module):
@@ -39,12 +49,13 @@ class Network(nn.Module):
         self, graph: Graph, still_open: Iterable[Decision] = (), masked: bool = True
     ) -> None:
         super().__init__()
-        self.mixture, shapes = Mixture(), graph.shapes()
+        self.mixture, shapes, widths = Mixture(), graph.shapes(), _open_widths(graph)
         self._open = {c.name: c for c in still_open if isinstance(c, Choice)}
         for name, choice in self._open.items():
             self.mixture.add(name, len(choice.open_labels))
         self.expected_cost = Expected(graph, self._open)
-        self._steps = [self._step(node, shapes) for node in graph.nodes.values()]
+        _check_mixed(graph, self._open)
+        self._steps = [self._step(node, shapes, widths) for node in graph.nodes.values()]
         self._output = graph.output
         if masked:
             self._attach_masks(graph)
@@ -56,13 +67,19 @@ class Network(nn.Module):
             values[step.node.name] = step([values[i] for i in step.node.inputs], self.mixture)
         return values[self._output]
 
-    def _step(self, node: Node, shapes: Mapping[str, Any]) -> _Step:
-        inputs = [shapes[i] for i in node.inputs]
+    def _step(
+        self, node: Node, shapes: Mapping[str, Any], widths: Mapping[str, Choice]
+    ) -> _Step:
+        inputs, when = [shapes[i] for i in node.inputs], node.when
         built = [self._place(node, x, op, inputs) for x, op in node.candidates().items()]
-        width, when = getattr(node.operation, "out", None), node.when
         maybe = self._open.get(when.choice) if when is not None else None
-        factors = _width_factors(width) if isinstance(width, Choice) else None
-        return _Step(node, built, factors, _indices(maybe, when))
+        if maybe is not None and shapes[node.name] != inputs[0]:
+            raise ValueError(
+                f"{node.name}: what may be absent in a supernet keeps its input's one shape, "
+                f"got {inputs[0]} and {shapes[node.name]}"
+            )
+        width = widths.get(node.name) if _fills_channels(node) else None
+        return _Step(node, built, width, _indices(maybe, when))
 
     def _place(self, node: Node, label: Any, op: Operation, inputs: Sequence[Any]) -> nn.Module:
         """Build a candidate and hold it where its weights' names say."""
@@ -90,22 +107,25 @@ class Network(nn.Module):
 class _Step:
     """One node at work: its candidates on its inputs, mixed where something is open.
 
-    `widths` (options, widest) masks the channels beyond each width, `present` are the options
-    under which the node exists.
+    `width` is the open choice of its channels: those beyond an option are masked for it.
+    `present` are the options under which the node exists.
     """
 
     node: Node
     modules: list[nn.Module]
-    widths: Tensor | None = None
+    width: Choice | None = None
     present: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.masks = None if self.width is None else _width_masks(self.width)
 
     def __call__(self, xs: list[Tensor], mixture: Mixture) -> Tensor:
         keep, when = self.node.keep, self.node.when
         if keep is not None and keep.name in mixture.names():
             xs = [w * x for w, x in zip(mixture[keep.name], xs, strict=True)]
         y = self._mixed(xs, mixture)
-        if self.widths is not None:
-            factor = mixture[self.node.operation.out.name].to(y) @ self.widths.to(y)
+        if self.width is not None and self.masks is not None:
+            factor = mixture[self.width.name].to(y) @ self.masks.to(y)
             y = y * factor.reshape(-1, *[1] * (y.ndim - 2))
         if self.present and when is not None:
             y = torch.lerp(xs[0], y, mixture[when.choice][self.present].sum().to(y))
@@ -120,9 +140,42 @@ class _Step:
         return sum(rest, first)
 
 
-def _width_factors(width: Choice) -> Tensor:
+def _width_masks(width: Choice) -> Tensor:
+    """(options, widest): 1 where a channel lies within an option."""
     sizes = torch.tensor(width.open_labels)[:, None]
     return (torch.arange(int(sizes.max()))[None] < sizes).float()
+
+
+def _open_widths(graph: Graph) -> dict[str, Choice]:
+    """The open choice of a node's channels, where there is one, by the node's name."""
+    found: dict[str, Choice] = {}
+    for node in graph.nodes.values():
+        out, before = getattr(node.operation, "out", None), [found.get(i) for i in node.inputs]
+        if isinstance(out, Choice):
+            found[node.name] = out
+        elif isinstance(node.operation, CHANNELWISE) and before[0] and len({*before}) == 1:
+            found[node.name] = before[0]
+    return found
+
+
+def _fills_channels(node: Node) -> bool:
+    """Whether channels beyond a width, zero at its input, are not at its output."""
+    return hasattr(node.operation, "out") or isinstance(node.operation, BatchNorm)
+
+
+def _check_mixed(graph: Graph, still_open: Mapping[str, Choice]) -> None:
+    """Raise ValueError for an open choice that no mixture would reach."""
+    sparsities = {getattr(layer.sparsity, "name", "") for _, _, layer in graph.layers()}
+    for node in graph.nodes.values():
+        width = getattr(node.operation, "out", None)
+        own = {getattr(choice, "name", "") for choice in (node.operation, width)}
+        rest = [c.name for c in find(node.operation) if c.name not in own | sparsities]
+        lost = [name for name in rest if name in still_open]
+        if lost:
+            raise ValueError(
+                f"{node.name}: a supernet mixes operations, sparsities and the width of a node's "
+                f"own operation, not {lost[0]}: pick it"
+            )
 
 
 def _indices(choice: Choice | None, when: When | None) -> list[int]:

@@ -253,8 +253,9 @@ class GraphSpace(Space):
 def _check_sparsities(graph: Graph, choices: Iterable[Decision]) -> None:
     """Raise ValueError for a sparsity that its tensor does not admit at every width."""
     names = {c.name for c in choices}
-    of_sizes = [c for c in choices if isinstance(c, Choice) and type(c.labels[0]) is int]
-    each: list[Picks] = [{c.name: size} for c in of_sizes for size in c.labels]
+    outs = [getattr(node.operation, "out", None) for node in graph.nodes.values()]
+    widths = {out.name: out for out in outs if isinstance(out, Choice)}
+    each: list[Picks] = [{name: size} for name, w in widths.items() for size in w.labels]
     for picks in ({}, *each):
         for _, _, layer in graph.settle(picks, names - set(picks)).layers():
             for sparsity in _options(layer.sparsity):

@@ -192,7 +192,11 @@ class GraphSpace(Space):
         self, graph: Graph, first: Iterable[Decision] = (), origin: Origin | None = None
     ) -> None:
         self.graph = graph
-        shapes = [[name, list(shape)] for name, shape in graph.shapes().items()]
+        self._widest = graph.shapes()
+        self._holders = {
+            getattr(n.operation, "name", ""): n for n in reversed(graph.nodes.values())
+        }
+        shapes = [[name, list(shape)] for name, shape in self._widest.items()]
         choices = merge([*first, *graph.choices()])
         super().__init__(choices, graph.input_shape, shapes, origin)
         _check_sparsities(graph, choices)
@@ -228,14 +232,8 @@ class GraphSpace(Space):
         value = choice.value(label)
         if not isinstance(value, Operation):
             return super().weight(choice, label)
-        node = self._node_of(choice)
-        shapes = self.graph.shapes()
-        layers = value.layers(*(shapes[i] for i in node.inputs))
-        return float(sum(prod(layer.shape) for layer in layers))
-
-    def _node_of(self, choice: Choice) -> Node:
-        nodes = self.graph.nodes.values()
-        return next(n for n in nodes if getattr(n.operation, "name", None) == choice.name)
+        inputs = (self._widest[i] for i in self._holders[choice.name].inputs)
+        return float(sum(prod(layer.shape) for layer in value.layers(*inputs)))
 
     def draw(self, picks: Mapping[str, Pick]) -> nx.DiGraph[str]:
         """See `Space.draw`."""

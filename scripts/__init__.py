@@ -1,0 +1,1 @@
+"""Scripts: parse, call, print."""

@@ -119,9 +119,7 @@ class _Builder:
         self.graph.add("classifier", SparseLinear(outputs), pooled)
         return self.graph
 
-    def cell(
-        self, i: int, before: str, last: str, width: int, reduce: bool, reduced: bool
-    ) -> str:
+    def cell(self, i: int, before: str, last: str, width: int, reduce: bool, reduced: bool) -> str:
         kind = KINDS[reduce]
         states = [
             self.preprocess(i, kind, 0, before, width, halve=reduced),

@@ -62,9 +62,8 @@ def pareto(losses: Sequence[Losses], violations: Sequence[Mapping[str, float]]) 
     first: dict[tuple[float, ...], int] = {}
     for i in feasible:
         first.setdefault(tuple(losses[i]), i)
-    members = list(first.values())
-    best = fronts([losses[i] for i in members])
-    return sorted((members[i] for i in best[0]), key=lambda i: tuple(losses[i])) if best else []
+    best = [i for i in first.values() if not any(dominates(p, losses[i]) for p in first)]
+    return sorted(best, key=lambda i: tuple(losses[i]))
 
 
 def kendall_tau(a: Sequence[float], b: Sequence[float]) -> float:

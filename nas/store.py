@@ -133,7 +133,10 @@ def _lock(path: Path) -> IO[str]:
 
 
 def _event(line: str, number: int) -> dict[str, Any]:
-    event = json.loads(line)
+    try:
+        event = json.loads(line)
+    except json.JSONDecodeError:
+        raise ValueError(f"trials.jsonl:{number}: not a line of JSON: {line[:80]!r}") from None
     if event.get("version") != VERSION:
         found = event.get("version")
         raise ValueError(f"trials.jsonl:{number}: format {found}, this version reads {VERSION}")

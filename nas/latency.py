@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter
 
 if TYPE_CHECKING:
     from nas.packing import PackedNetwork
@@ -106,9 +105,9 @@ def profile(
 ) -> dict[str, float]:
     """How much of a packed network's call is spent in kernels, and how much in calling them.
 
-    Every operator of the traced graph is timed by itself twice, on what it is given for `example`
-    and on what it is given for a batch of 0, where only the way to the kernel is left; the
-    difference is the kernel's. The rest of the whole call, which is timed likewise, is calls.
+    The network is timed on `example` and, turn by turn, on a batch of 0: there every operator is
+    called and has nothing to compute, so what remains is calls, and the rest of the whole is
+    kernels. The fastest round of each counts, since a busy machine slows the longer one more.
 
     Args:
         packed: a network with a traced graph that runs a batch of 0.
@@ -121,44 +120,18 @@ def profile(
     Raises:
         ValueError: where `packed` has no traced graph.
     """
-    if not isinstance(packed.body, GraphModule):
-        raise ValueError("profile: needs a traced network, this one's layers were exchanged")
     inputs = (example,) if isinstance(example, Tensor) else example
+    empty = packed.empty(inputs)
+    calls = [lambda: packed(*inputs), lambda: packed(*empty)]
     with torch.inference_mode(), using_threads(threads), pinned(threads == 1), no_gc():
-        (whole,) = interleaved([lambda: packed(*inputs)], 0.2, 20)
-        kernels = sum(_beyond_the_call(packed.body, inputs, packed.empty(inputs)))
-    share = min(1.0, kernels / whole)
-    whole_us, kernels_us = whole * 1e6, share * whole * 1e6
+        whole, bare = (min(times) * 1e6 for times in _rounds(calls, "cpu", 50, 0.5))
+    kernels = max(0.0, whole - bare)
     return {
-        "whole_us": whole_us,
-        "kernels_us": kernels_us,
-        "calls_us": whole_us - kernels_us,
-        "share": share,
+        "whole_us": whole,
+        "kernels_us": kernels,
+        "calls_us": whole - kernels,
+        "share": kernels / whole,
     }
-
-
-class _Operands(Interpreter):
-    """Runs a graph and keeps a call of each operator with what it is given."""
-
-    def __init__(self, module: GraphModule) -> None:
-        super().__init__(module)
-        self.calls: list[Call] = []
-
-    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if isinstance(target, torch._ops.OpOverload):
-            self.calls.append(lambda: target(*args, **kwargs))
-        return super().call_function(target, args, kwargs)
-
-
-def _beyond_the_call(
-    body: GraphModule, inputs: tuple[Tensor, ...], empty: tuple[Tensor, ...]
-) -> Iterator[float]:
-    full, bare = _Operands(body), _Operands(body)
-    full.run(*inputs)
-    bare.run(*empty)
-    for call, way in zip(full.calls, bare.calls, strict=True):
-        taken, overhead = interleaved([call, way], 0.01, 9)
-        yield max(0.0, taken - overhead)
 
 
 def _rounds(calls: Sequence[Call], device: str, rounds: int, seconds: float) -> list[list[float]]:

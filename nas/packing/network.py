@@ -112,8 +112,13 @@ class PackedNetwork(nn.Module):
         return result if self._out_spec is None else tree_unflatten(result, self._out_spec)
 
     def empty(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """`inputs` with a batch of 0, for a traced network."""
-        assert self.signature is not None
+        """`inputs` with a batch of 0.
+
+        Raises:
+            ValueError: where layers were exchanged: nothing is known about such a module's batch.
+        """
+        if self.signature is None:
+            raise ValueError("PackedNetwork: has no traced graph, its layers were exchanged")
         parts = zip(inputs, self.signature.batched, strict=True)
         return tuple(x[:0] if carries else x for x, carries in parts)
 

@@ -120,7 +120,8 @@ class Evaluate:
         still_open = list(space.open(trial.picks))
         if start is not None:
             restore(network, start, still_open)
-        metrics, extra = self._fit(network, trial, report, seed, start)
+        same = start is not None and start.meta["open"] == still_open
+        metrics, extra = self._fit(network, trial, report, seed, start if same else None)
         _refuse_nan(metrics)
         mixture = _mixture(network)
         meta = {"open": still_open, "mixture": mixture, "budget": trial.budget}
@@ -131,7 +132,7 @@ class Evaluate:
         self, network: nn.Module, trial: Trial, report: Report, seed: int, start: State | None
     ) -> tuple[dict[str, float], dict[str, Tensor]]:
         if self.task is None:
-            return self._own(network, trial, report), {}
+            return self._own(network, trial, report, start), {}
         if trial.fit is not None:
             return trial.fit.fit(network, self.task, trial.budget, report), {}
         goes_on = start is not None and "training#step" in start.tensors
@@ -139,14 +140,27 @@ class Evaluate:
             network, self.task, trial.budget, report, seed, start if goes_on else None
         )
 
-    def _own(self, network: nn.Module, trial: Trial, report: Report) -> dict[str, float]:
-        if trial.fit is not None or self._train is None or self._validate is None:
-            raise ValueError(f"{type(trial.fit).__name__} trains on a Task: give Evaluate a task")
-        self._train(network, trial.budget)
+    def check(self, space: Space, trial: Trial) -> None:
+        """Raise ValueError for a trial that functions of your own cannot train."""
+        still_open = space.open(trial.picks)
+        if self.task is None and (still_open or trial.fit is not None):
+            what = f"leaves {still_open[0]!r} open" if still_open else "has a training of its own"
+            raise ValueError(
+                f"trial {trial.number} {what}, and train= and validate= can only train closed "
+                "networks: give Evaluate a task"
+            )
+
+    def _own(
+        self, network: nn.Module, trial: Trial, report: Report, start: State | None
+    ) -> dict[str, float]:
+        assert self._train is not None and self._validate is not None
+        done = 0 if start is None else start.meta["budget"]
+        self._train(network, max(0, trial.budget - done))
         network.eval()
         with torch.no_grad():
             found = self._validate(network)
-        metrics = dict(found) if isinstance(found, Mapping) else {"error": float(found)}
+        given = found if isinstance(found, Mapping) else {"error": found}
+        metrics = {name: float(value) for name, value in given.items()}
         report(trial.budget, metrics)
         return metrics
 
@@ -189,8 +203,10 @@ def restore(network: nn.Module, state: State, still_open: list[str]) -> None:
         if f"{path}#scores" in weights:
             sparse.learn(weights[path])
     load_training_state(network, weights)
+    mixture: Any = getattr(network, "mixture", None)
     for name, values in state.meta.get("mixture", {}).items():
-        network.mixture[name] = torch.tensor(values)  # type: ignore[operator]
+        mixture.add(name, len(values))
+        mixture[name] = torch.tensor(values)
 
 
 def _mixture(network: nn.Module) -> dict[str, list[float]]:

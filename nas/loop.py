@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -96,7 +98,8 @@ def _open(
     run: Run, strategy: Strategy, resume: bool, arguments: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     """Write or compare `run.json`; the events of the log so far."""
-    described, store = {**describe(run, strategy), "arguments": dict(arguments)}, run.store
+    given, store = {**describe(run, strategy), "arguments": dict(arguments)}, run.store
+    described = json.loads(json.dumps(given))  # as it is read back: tuples are lists
     before, events = store.read("run.json"), store.events()
     if not resume and (events or before):
         raise ValueError(f"{run.folder}: holds a run already; resume it, or choose another folder")
@@ -111,7 +114,8 @@ def _open(
 
 def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise ValueError if a run's description differs in what its log depends on."""
-    for key in ("space", "strategy", "task", "objectives", "limits", "epochs", "training"):
+    same = ("space", "strategy", "task", "objectives", "limits", "epochs", "training", "costs")
+    for key in same:
         if before[key] != now[key]:
             raise ValueError(f"run.json: {key} was {before[key]}, is {now[key]}")
 
@@ -170,12 +174,12 @@ class _Loop:
     def replay(self, events: Sequence[Mapping[str, Any]]) -> None:
         """Ask, report and tell as the log says; what was asked and never told runs again."""
         asked: dict[int, Trial] = {}
-        for event in events:
+        for event in _lasting(events):
             number = event["trial"]
             if event["event"] == "ask":
                 asked[number] = self._asked_again(event)
             elif event["event"] == "report":
-                self.strategy.report(asked[number], event["step"], event["metrics"])
+                self.strategy.report(asked[number], event["step"], _numbers(event["metrics"]))
             else:
                 self._told_again(asked.pop(number), event)
         self.queue = list(asked.values())
@@ -194,7 +198,9 @@ class _Loop:
 
     def _told_again(self, trial: Trial, event: Mapping[str, Any]) -> None:
         names = Result.__dataclass_fields__
-        result = Result(**{k: v for k, v in event.items() if k in names})
+        fields = {**event, "metrics": _numbers(event["metrics"])}
+        result = Result(**{k: v for k, v in fields.items() if k in names})
+        self._count_refusals(result)
         self._remember(trial, result)
         self.strategy.tell(trial, result)
 
@@ -228,6 +234,7 @@ class _Loop:
             return None
         trial = self.strategy.ask()
         if trial is not None:
+            self.run.evaluate.check(self.run.problem.space, trial)
             self.run.store.append("ask", trial.to_json())
             self.call(lambda c: c.asked(trial))
         return trial
@@ -305,7 +312,7 @@ class _Loop:
         )
 
     def _tell(self, trial: Trial, result: Result) -> None:
-        self.refusals = self.refusals + 1 if result.status == "refused" else 0
+        self._count_refusals(result)
         units = {n: u for n in result.metrics if (u := self.run.evaluate.unit(n))}
         fields = {"trial": trial.number, **result.to_json(), "units": units}
         self.run.store.append("tell", fields)
@@ -316,6 +323,9 @@ class _Loop:
         if self.refusals == MOST_REFUSALS:
             self.run.note = f"ended: {MOST_REFUSALS} trials in a row were refused ({result.error})"
             log.warning(self.run.note)
+
+    def _count_refusals(self, result: Result) -> None:
+        self.refusals = self.refusals + 1 if result.status == "refused" else 0
 
     def _remember(self, trial: Trial, result: Result) -> None:
         self.run.records[trial.number] = Record(trial, result)
@@ -331,6 +341,27 @@ class _Loop:
         for number in list(self.run.store.kept()):
             if number not in needed:
                 self.run.store.forget(number)
+
+
+def _lasting(events: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The events without the reports of a training that broke off and began again."""
+    kept: list[Mapping[str, Any]] = []
+    before: dict[int, float] = {}
+    for event in reversed(events):
+        number = event["trial"]
+        if event["event"] == "report":
+            lasts = event["step"] < before.get(number, -math.inf)
+            before[number] = event["step"] if lasts else -math.inf
+        else:
+            lasts, before[number] = True, math.inf
+        if lasts:
+            kept.append(event)
+    return kept[::-1]
+
+
+def _numbers(metrics: Mapping[str, float | None]) -> dict[str, float]:
+    """Metrics as they were before the log wrote null for what is not finite."""
+    return {name: math.nan if value is None else value for name, value in metrics.items()}
 
 
 def _key(run: Run, trial: Trial) -> tuple[str, int]:

@@ -84,7 +84,10 @@ class _Reporter:
 
 @contextmanager
 def _alarm(limit_s: float | None) -> Iterator[None]:
-    """Raise TimeLimit inside, even in code that never reports; in a main thread only."""
+    """Raise TimeLimit inside, even in code that never reports; in a main thread only.
+
+    It is raised again each second, for code that swallows exceptions and goes on.
+    """
     if limit_s is None or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -93,7 +96,7 @@ def _alarm(limit_s: float | None) -> Iterator[None]:
         raise TimeLimit(f"passed its time limit of {limit_s:g} s")
 
     before = signal.signal(signal.SIGALRM, over)
-    signal.setitimer(signal.ITIMER_REAL, limit_s)
+    signal.setitimer(signal.ITIMER_REAL, limit_s, 1.0)
     try:
         yield
     finally:

@@ -1,6 +1,9 @@
 """What the operators share: checks of arguments, and errors that name the values."""
 
-from collections.abc import Callable, Sequence
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -34,25 +37,24 @@ def activation_code(name: str, activation: str) -> int:
 
 
 def check_tensors(name: str, x: Tensor, blob: Tensor, bias: Tensor | None, rows: int) -> None:
-    """Checks dtypes, devices and the bias's shape.
+    """Checks dtypes and shapes; the dispatcher has seen to devices.
 
     Raises:
         ValueError: names the tensor, the rule and what was given.
     """
     if x.dtype is not torch.float32:
         raise ValueError(f"{name}: x must be float32, got {x.dtype}")
-    flat = blob.dtype is torch.uint8 and blob.dim() == 1 and blob.is_contiguous()
-    if not flat or blob.is_cuda:
+    if blob.dtype is not torch.uint8 or blob.dim() != 1 or not blob.is_contiguous():
         raise ValueError(
-            f"{name}: the packed weight must be a contiguous (n,) uint8 tensor on x's device, "
-            f"got {tuple(blob.shape)} {blob.dtype} on {blob.device}"
+            f"{name}: the packed weight must be a contiguous (n,) uint8 tensor, "
+            f"got {tuple(blob.shape)} {blob.dtype}"
         )
     if bias is None:
         return
-    if bias.dtype is not torch.float32 or bias.shape != (rows,) or bias.is_cuda:
+    if bias.dtype is not torch.float32 or bias.shape != (rows,) or not bias.is_contiguous():
         raise ValueError(
-            f"{name}: bias must be float32 ({rows},) on x's device, "
-            f"got {bias.dtype} {tuple(bias.shape)} on {bias.device}"
+            f"{name}: bias must be contiguous float32 ({rows},), "
+            f"got {bias.dtype} {tuple(bias.shape)}"
         )
 
 
@@ -80,38 +82,49 @@ def out_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
-def conv2d_shape(
-    x: Tensor,
+def pointer(tensor: Tensor | None) -> int | None:
+    """Where a tensor's numbers lie; None for None."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A convolution beside its tensors: the output's shape, and the numbers for the C core."""
+
+    out: tuple[int, int, int, int]
+    numbers: ctypes.Array[ctypes.c_int64]
+
+
+@lru_cache(maxsize=4096)
+def geometry(
+    x: tuple[int, ...],
     out_channels: int,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> tuple[int, int, int, int]:
-    """Shape of a convolution's output.
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> Geometry:
+    """The geometry of a convolution of an input of shape `x`.
 
     Raises:
         ValueError: x is not (N, C, H, W), an argument is out of range, or the kernel is larger
             than the padded input.
     """
-    if x.dim() != 4:
-        raise ValueError(f"sparse_conv2d: x must be (N, C, H, W), got {tuple(x.shape)}")
-    if min(stride) < 1 or min(dilation) < 1 or min(kernel) < 1 or min(padding) < 0:
+    if len(x) != 4:
+        raise ValueError(f"sparse_conv2d: x must be (N, C, H, W), got {tuple(x)}")
+    if min(*kernel, *stride, *dilation, groups) < 1 or min(padding) < 0:
         raise ValueError(
-            "sparse_conv2d: kernel_size, stride and dilation must be positive and padding not "
-            f"negative, got {list(kernel)}, {list(stride)}, {list(dilation)}, {list(padding)}"
+            "sparse_conv2d: kernel_size, stride, dilation and groups must be positive and padding "
+            f"not negative, got {kernel}, {stride}, {dilation}, {groups}, {padding}"
         )
-    images, _, height, width = x.shape
-    out_h = out_size(height, kernel[0], stride[0], padding[0], dilation[0])
-    out_w = out_size(width, kernel[1], stride[1], padding[1], dilation[1])
-    if out_h < 1 or out_w < 1:
+    axes = zip(x[2:], kernel, stride, padding, dilation, strict=True)
+    height, width = (out_size(*axis) for axis in axes)
+    if height < 1 or width < 1:
         raise ValueError(
-            f"sparse_conv2d: kernel {list(kernel)} with dilation {list(dilation)} is larger than "
-            f"the padded input, {height}x{width} with padding {list(padding)}"
+            f"sparse_conv2d: kernel {kernel} with dilation {dilation} is larger than the padded "
+            f"input, {x[2]}x{x[3]} with padding {padding}"
         )
-    return (images, out_channels, out_h, out_w)
-
-
-def pair(values: Sequence[int]) -> tuple[int, int]:
-    """(height, width) of an int[2] argument, where one number stands for both."""
-    return (values[0], values[-1])
+    numbers = (*x, out_channels, *kernel, *stride, *padding, *dilation, groups, height, width)
+    array = (ctypes.c_int64 * len(numbers))(*numbers)
+    return Geometry((x[0], out_channels, height, width), array)

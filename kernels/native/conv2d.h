@@ -38,33 +38,42 @@ struct Plain {
 };
 
 static inline bool in_place(const Conv& c) {
-  const bool pointwise = c.rows.taps == 1 && c.cols.taps == 1 && c.rows.stride == 1 && c.cols.stride == 1 &&
-                         c.rows.pad == 0 && c.cols.pad == 0;
-  // planes a multiple of 1 KiB apart fall into the same few sets of the first-level cache
-  return pointwise && c.in_plane() >= V && (c.in_plane() % 256 != 0 || c.h->channels <= 8);
+  return c.rows.taps == 1 && c.cols.taps == 1 && c.rows.stride == 1 && c.cols.stride == 1 && c.rows.pad == 0 &&
+         c.cols.pad == 0 && c.in_plane() >= V;
+}
+
+// planes a multiple of 1 KiB apart fall into the same few sets of the first-level cache
+static inline bool planes_clash(const Conv& c) { return c.in_plane() % 256 == 0 && c.h->channels > 8; }
+
+static const float* gather(const float* x, int64_t plane, int64_t channels, int64_t width, float* to) {
+  for (int64_t ch = 0; ch < channels; ++ch)
+    for (int64_t i = 0; i < width; i += V) store(to + ch * width + i, load(x + ch * plane + i));
+  return to;
 }
 
 static void conv_in_place(const Conv& c) {
   const int64_t size = c.out_plane(), vectors = (size + V - 1) / V, groups = c.h->groups;
   const int64_t splits = std::min(vectors, std::max<int64_t>(1, ceil_pos(c.threads, c.images * groups)));
   const int units = static_cast<int>(c.group_rows() / c.h->block);
-  Rows w = c.w;
-  w.stride = size;
-  parallel(c.images * groups * splits, c.threads, [&, w](int64_t task) {
+  const bool clash = planes_clash(c);
+  parallel(c.images * groups * splits, c.threads, [&](int64_t task) {
     const int64_t part = task % splits, group = task / splits % groups, image = task / splits / groups;
     const float* x = c.in(image, group * c.h->channels);
     float* y = c.y + image * c.h->rows * size;
     float* partial = scratch.get<float>(kPartial, c.group_rows() * kWidest * V);
-    // the last panel ends with the plane and may compute some pixels a second time
-    const auto start = [=](int64_t begin, int64_t end) { return end == vectors ? size - (end - begin) * V : begin * V; };
+    float* near = clash ? scratch.get<float>(kPadded, c.h->channels * kWidest * V) : nullptr;
     const auto run = [&](int64_t begin, int64_t end) {
-      panels(w, begin, end, static_cast<int>(group) * units, static_cast<int>(group + 1) * units, partial,
-             [&](int64_t b, int64_t e) { return x + start(b, e); },
-             [&](int64_t b, int64_t e) { return Plain{y + start(b, e), size}; });
+      // the last panel ends with the plane and may compute some pixels a second time
+      const int64_t width = (end - begin) * V, start = end == vectors ? size - width : begin * V;
+      Rows w = c.w;
+      w.stride = clash ? width : size;
+      const float* in = clash ? gather(x + start, size, c.h->channels, width, near) : x + start;
+      any_panel(w, end - begin, static_cast<int>(group) * units, static_cast<int>(group + 1) * units, in, partial,
+                Plain{y + start, size});
     };
     const int64_t begin = vectors * part / splits, end = vectors * (part + 1) / splits;
-    const bool alone = size % V != 0 && begin == 0 && end == vectors && vectors <= widest(w);
-    run(begin, alone ? end - 1 : end);
+    const bool alone = size % V != 0 && begin == 0 && end == vectors && vectors <= widest(c.w);
+    panels(c.w, begin, alone ? end - 1 : end, run);
     if (alone) run(end - 1, end);
   });
 }
@@ -251,9 +260,10 @@ static void conv_padded(const Conv& c) {
     float* partial = scratch.get<float>(kPartial, c.group_rows() * kWidest * V);
     for (int64_t g = c.h->groups * share / shares; g < c.h->groups * (share + 1) / shares; ++g) {
       fill(c, l, g, image, count, top, planes);
-      panels(w, 0, vectors, static_cast<int>(g) * units, static_cast<int>(g + 1) * units, partial,
-             [&](int64_t begin, int64_t) { return planes + begin * V; },
-             [&](int64_t begin, int64_t) { return Scatter{c.y, c.out_plane(), begin, s}; });
+      panels(w, 0, vectors, [&](int64_t begin, int64_t end) {
+        any_panel(w, end - begin, static_cast<int>(g) * units, static_cast<int>(g + 1) * units, planes + begin * V,
+                  partial, Scatter{c.y, c.out_plane(), begin, s});
+      });
     }
   });
 }

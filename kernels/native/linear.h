@@ -114,13 +114,14 @@ struct Lanes {
   void one(int64_t row, int v, vf sum) const { store(y + row * pitch + v * V, sum); }
 };
 
-// rows [from, to) units of a layer, lanes in and lanes out
-static void lanes_layer(const Layer& layer, int from, int to, const float* x, float* y, int64_t pitch) {
+// lanes in and lanes out
+static void lanes_layer(const Layer& layer, const float* x, float* y, int64_t pitch) {
   Rows w = rows_of(*layer.h, layer.bias, layer.activation);
   w.stride = pitch;
-  float* partial = scratch.get<float>(kPartial, static_cast<int64_t>(to - from) * w.block * kWidest * V);
-  panels(w, 0, pitch / V, from, to, partial, [&](int64_t begin, int64_t) { return x + begin * V; },
-         [&](int64_t begin, int64_t) { return Lanes{y + begin * V, pitch}; });
+  float* partial = scratch.get<float>(kPartial, static_cast<int64_t>(layer.h->rows) * kWidest * V);
+  panels(w, 0, pitch / V, [&](int64_t begin, int64_t end) {
+    any_panel(w, end - begin, 0, w.units, x + begin * V, partial, Lanes{y + begin * V, pitch});
+  });
 }
 
 // a run of layers, block of samples by block of samples; between them samples stay lanes
@@ -128,6 +129,9 @@ static void linear_lanes(const Layer* layers, int count, const float* x, int64_t
   const int64_t columns = layers[0].h->channels, rows = layers[count - 1].h->rows;
   int64_t widest_row = columns;
   for (int i = 0; i < count; ++i) widest_row = std::max<int64_t>(widest_row, layers[i].h->rows);
+  double work = 0;
+  for (int i = 0; i < count; ++i) work += static_cast<double>(layers[i].h->nonzeros) * static_cast<double>(batch);
+  threads = useful_threads(threads, work);
   const int64_t block = std::min(kLanes, std::max<int64_t>(1, ceil_pos(ceil_pos(batch, threads), V)) * V);
   parallel(ceil_pos(batch, block), threads, [&](int64_t task) {
     const int64_t first = task * block, samples = std::min(block, batch - first);
@@ -137,7 +141,7 @@ static void linear_lanes(const Layer* layers, int count, const float* x, int64_t
     if (samples < pitch) std::memset(in, 0, static_cast<size_t>(columns * pitch) * 4);
     transpose(x + first * columns, samples, columns, columns, in, pitch);
     for (int i = 0; i < count; ++i) {
-      lanes_layer(layers[i], 0, layers[i].h->rows / layers[i].h->block, in, out, pitch);
+      lanes_layer(layers[i], in, out, pitch);
       std::swap(in, out);
     }
     transpose(in, rows, samples, pitch, y + first * rows, rows);

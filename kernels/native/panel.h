@@ -119,7 +119,7 @@ constexpr int kWidestBlocks = V == 16 ? 4 : 2;  // and of blocks: 4 * N accumula
 static inline int widest(const Rows& w) { return w.block == 4 ? kWidestBlocks : kWidest; }
 
 template <class Store>
-static void any_panel(const Rows& w, int vectors, int from, int to, const float* x, float* partial,
+static void any_panel(const Rows& w, int64_t vectors, int from, int to, const float* x, float* partial,
                       const Store& out) {
 #define SN_CASE(B, N) \
   case N: return panel<B, N>(w, from, to, x, partial, out);
@@ -137,15 +137,11 @@ static void any_panel(const Rows& w, int vectors, int from, int to, const float*
 #undef SN_CASE
 }
 
-// vectors [first, last) in even panels; make(vector) gives the Store, x_at(vector, count) the activations
-template <class Make, class Place>
-static void panels(const Rows& w, int64_t first, int64_t last, int from, int to, float* partial,
-                   const Place& place, const Make& make) {
+// run(begin, end) for vectors [first, last) in even panels
+template <class Run>
+static void panels(const Rows& w, int64_t first, int64_t last, const Run& run) {
   const int64_t count = last - first, parts = (count + widest(w) - 1) / widest(w);
-  for (int64_t i = 0; i < parts; ++i) {
-    const int64_t begin = first + count * i / parts, end = first + count * (i + 1) / parts;
-    any_panel(w, static_cast<int>(end - begin), from, to, place(begin, end), partial, make(begin, end));
-  }
+  for (int64_t i = 0; i < parts; ++i) run(first + count * i / parts, first + count * (i + 1) / parts);
 }
 
 }  // namespace sn

@@ -53,7 +53,7 @@ def _plain(x: Tensor, program: Tensor, out_tail: Sequence[int]) -> Tensor:
     inputs = x.shape[1 if convolutions else -1] if fits else -1
     if inputs != first.channels * first.groups:
         raise ValueError(_mismatch(x, program, out_tail))
-    y = reference.sparse_chain(x, layers)
+    y = reference.sparse_chain(x.contiguous(), layers)
     if list(y.shape[-len(out_tail) :]) != list(out_tail):
         raise ValueError(_mismatch(x, program, out_tail))
     return y

@@ -32,28 +32,21 @@ def _run(
 ) -> Tensor:
     code = calls.activation_code("sparse_conv2d", activation)
     calls.check_tensors("sparse_conv2d", x, weight, bias, out_channels)
-    shape = calls.conv2d_shape(x, out_channels, kernel_size, stride, padding, dilation)
+    pairs = (tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation))
+    geometry = calls.geometry(x.shape, out_channels, *pairs, groups)
     lib = library()
     if lib is None:
-        pairs = (calls.pair(stride), calls.pair(padding), calls.pair(dilation))
         _check_fit(x, weight, out_channels, kernel_size, groups)
-        return reference.sparse_conv2d(x, unpack(weight), bias, *pairs, groups, activation)
-    x, y = x.contiguous(), x.new_empty(shape)
-    bias = bias if bias is None else bias.contiguous()
+        x, dense = x.contiguous(), unpack(weight)
+        return reference.sparse_conv2d(x, dense, bias, *pairs[1:], groups, activation)
+    x, y = x.contiguous(), x.new_empty(geometry.out)
     arguments = (
         x.data_ptr(),
-        *x.shape,
+        geometry.numbers,
         weight.data_ptr(),
         weight.numel(),
-        None if bias is None else bias.data_ptr(),
+        calls.pointer(bias),
         y.data_ptr(),
-        out_channels,
-        *kernel_size,
-        *stride,
-        *padding,
-        *dilation,
-        groups,
-        *shape[2:],
         code,
         get_num_threads(),
     )

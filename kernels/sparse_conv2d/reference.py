@@ -5,7 +5,7 @@ from torch import Tensor
 
 from kernels.reference import ACTIVATIONS
 
-Pair = tuple[int, int]
+Pair = tuple[int, ...]
 
 
 def sparse_conv2d(

@@ -1,8 +1,8 @@
 """`torch.ops.sparse_nas.sparse_linear`: act(x W^T + b) with a packed weight."""
 
-from functools import partial
+from functools import lru_cache, partial
 
-from torch import Tensor, get_num_threads
+from torch import Size, Tensor, get_num_threads
 
 from kernels import calls
 from kernels.blob import LINEAR, shape_of
@@ -26,17 +26,15 @@ def _run(
     lib = library()
     if lib is None:
         return _plain(x, weight, bias, out_features, activation)
-    x, columns = x.contiguous(), x.shape[-1]
-    bias = bias if bias is None else bias.contiguous()
-    y = x.new_empty((*x.shape[:-1], out_features))
-    batch = x.numel() // columns if columns else x.shape[:-1].numel()
+    batch, shape = _shape(x.shape, out_features)
+    x, y = x.contiguous(), x.new_empty(shape)
     arguments = (
         x.data_ptr(),
         batch,
-        columns,
+        x.shape[-1],
         weight.data_ptr(),
         weight.numel(),
-        None if bias is None else bias.data_ptr(),
+        calls.pointer(bias),
         y.data_ptr(),
         out_features,
         code,
@@ -48,6 +46,12 @@ def _run(
     return y
 
 
+@lru_cache(maxsize=4096)
+def _shape(x: Size, out_features: int) -> tuple[int, tuple[int, ...]]:
+    """Number of samples, and the output's shape."""
+    return x[:-1].numel(), (*x[:-1], out_features)
+
+
 def _plain(
     x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, activation: str
 ) -> Tensor:
@@ -55,7 +59,7 @@ def _plain(
     dense = unpack(weight)
     if shape_of(weight.numpy()).operation != LINEAR or dense.shape != (out_features, x.shape[-1]):
         raise ValueError(_mismatch(x, weight, out_features))
-    return reference.sparse_linear(x, dense, bias, activation)
+    return reference.sparse_linear(x.contiguous(), dense, bias, activation)
 
 
 def _mismatch(x: Tensor, weight: Tensor, out_features: int) -> str:

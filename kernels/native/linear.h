@@ -7,7 +7,7 @@
 namespace sn {
 
 constexpr int kSlice = 16, kWindow = 32;
-constexpr int64_t kFew = 8;      // samples up to which the sliced rows are faster
+constexpr int64_t kFew = V == 16 ? 4 : 1;  // samples up to which the sliced rows are faster
 constexpr int64_t kLanes = 4 * V;  // samples of a block of panels
 
 struct Layer {
@@ -17,6 +17,19 @@ struct Layer {
 };
 
 // --- a few samples
+
+#if SN_LANES == 8 && defined(__AVX2__)
+// window[lane] for eight lanes of 0..31: four permutes, chosen between by the bits 3 and 4
+static inline __m256 look_up(const float* window, __m256i lane) {
+  const __m256 a = _mm256_permutevar8x32_ps(_mm256_loadu_ps(window), lane);
+  const __m256 b = _mm256_permutevar8x32_ps(_mm256_loadu_ps(window + 8), lane);
+  const __m256 c = _mm256_permutevar8x32_ps(_mm256_loadu_ps(window + 16), lane);
+  const __m256 d = _mm256_permutevar8x32_ps(_mm256_loadu_ps(window + 24), lane);
+  const __m256 bit3 = _mm256_castsi256_ps(_mm256_slli_epi32(lane, 28));
+  const __m256 bit4 = _mm256_castsi256_ps(_mm256_slli_epi32(lane, 27));
+  return _mm256_blendv_ps(_mm256_blendv_ps(a, b, bit3), _mm256_blendv_ps(c, d, bit3), bit4);
+}
+#endif
 
 // sum[b][lane] of one slice; odd and even steps are added apart
 template <int B>
@@ -37,6 +50,19 @@ static void slice(const Header& h, int s, const float* x, int64_t stride, float 
     }
   }
   for (int b = 0; b < B; ++b) _mm512_storeu_ps(sum[b], _mm512_add_ps(acc[0][b], acc[1][b]));
+#elif SN_LANES == 8 && defined(__AVX2__)
+  __m256 acc[2][B][2] = {};
+  for (int32_t i = starts[s]; i < starts[s + 1]; ++i)
+    for (int b = 0; b < B; ++b)
+      for (int half = 0; half < 2; ++half) {
+        const int64_t at = i * 16ll + half * 8;
+        const __m256i lane = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(lanes + at)));
+        const __m256 in = look_up(x + b * stride + bases[i], lane);
+        acc[i & 1][b][half] = _mm256_fmadd_ps(_mm256_loadu_ps(values + at), in, acc[i & 1][b][half]);
+      }
+  for (int b = 0; b < B; ++b)
+    for (int half = 0; half < 2; ++half)
+      _mm256_storeu_ps(sum[b] + half * 8, _mm256_add_ps(acc[0][b][half], acc[1][b][half]));
 #else
   float acc[2][B][kSlice] = {};
   for (int32_t i = starts[s]; i < starts[s + 1]; ++i)

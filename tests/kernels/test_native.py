@@ -41,14 +41,16 @@ def several_results() -> list[Tensor]:
     return results
 
 
-@pytest.mark.usefixtures("isa", "threads")
-def test_results_are_equal_bit_by_bit_for_any_threads() -> None:
+@pytest.mark.usefixtures("threads")
+def test_results_are_equal_bit_by_bit_for_any_threads(isa: str) -> None:
+    if isa == "torch":
+        pytest.skip("PyTorch's own kernels promise no such thing")
     torch.set_num_threads(1)
     alone = several_results()
     for count in (2, 3):
         torch.set_num_threads(count)
         for one, other in zip(alone, several_results(), strict=True):
-            assert torch.equal(one, other) or native.library() is None
+            assert torch.equal(one, other)
 
 
 @pytest.mark.usefixtures("isa")

@@ -16,6 +16,7 @@ from nas.front import kendall_tau
 from nas.run import Point, Record, Run
 from nas.space import Space
 from nas.trial import Objective
+from nas.words import titled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -217,14 +218,6 @@ def _short(value: float, _: float = 0.0) -> str:
         if abs(value) >= max(factor, 1e4):
             return f"{value / factor:g}{letter}"
     return f"{value:g}"
-
-
-def titled(run: Run, name: str) -> str:
-    """A metric's name and unit for people: `latency (ms)`."""
-    unit = run.evaluate.unit(name)
-    suffix = {"B": "_bytes"}.get(unit, f"_{unit}")
-    words = name.removesuffix(suffix).replace("_", " ")
-    return f"{words} ({unit})" if unit else words
 
 
 def _objective(run: Run, name: str) -> Objective:

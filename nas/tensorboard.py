@@ -11,7 +11,6 @@ import math
 import shlex
 import shutil
 import sys
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from nas import hparams
 from nas.callbacks import Callback
 from nas.run import Point, Record, Run
 from nas.space import Space
+from nas.tally import Tally
 from nas.trial import Result, Trial
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class TensorBoard(Callback):
         self._search = _SearchWriter(run, _writer(self._place / "search", whole or None))
         self._search.describe(whole)
         for step, record in enumerate(records):
-            self._search.count(record)
+            self._search.tally.take(record)
             if step >= whole:
                 self._write_again(run, record, step)
         if records:
@@ -67,7 +67,7 @@ class TensorBoard(Callback):
     def told(self, run: Run, trial: Trial, result: Result) -> None:
         """See `Callback.told`."""
         step = len(run.records) - 1
-        self._search.count(run.records[trial.number])
+        self._search.tally.take(run.records[trial.number])
         self._write(trial, result, step)
         self._search.draw(step)
 
@@ -131,8 +131,7 @@ class _SearchWriter:
 
     def __init__(self, run: Run, writer: SummaryWriter) -> None:
         self.run, self.writer = run, writer
-        self.best: dict[str, float] = {}
-        self.status: Counter[str] = Counter()
+        self.tally = Tally(run)
         self.front: list[int] = []
 
     def describe(self, step: int) -> None:
@@ -142,18 +141,9 @@ class _SearchWriter:
         names = list(dict.fromkeys(m.name for m in known))
         _add_summary(self.writer, hparams.experiment(problem.space, names))
 
-    def count(self, record: Record) -> None:
-        """Take a record into what is best so far and how many have failed."""
-        result = record.result
-        self.status[result.status] += 1
-        if result.usable and not result.violations and self.run.is_closed(record):
-            for o in self.run.problem.objectives:
-                values = [result.metrics, {o.name: self.best.get(o.name, result.metrics[o.name])}]
-                self.best[o.name] = min(values, key=o.loss)[o.name]
-
     def write(self, result: Result, step: int) -> None:
-        _add_scalars(self.writer, {f"best/{name}": v for name, v in self.best.items()}, step)
-        counts = {f"trials/{status}": float(self.status[status]) for status in UNDECIDED}
+        _add_scalars(self.writer, {f"best/{name}": v for name, v in self.tally.best.items()}, step)
+        counts = {f"trials/{status}": float(self.tally.status[status]) for status in UNDECIDED}
         _add_scalars(self.writer, counts, step)
         if result.mixture:
             self._write_mixture(result.mixture, step)

@@ -36,7 +36,7 @@ class Executor(Protocol):
 
 
 class InProcess:
-    """Trains in this process, one trial at a time."""
+    """Trains in this process, one trial at a time, on all cores that it may use."""
 
     workers = 1
 
@@ -51,14 +51,25 @@ class InProcess:
 
     def next(self, on_report: OnReport) -> tuple[Trial, Outcome]:
         """See `Executor.next`."""
+        from nas.executors.cores import available
+        from nas.latency import using_threads
         from nas.worker import run_trial
 
         (trial, start), (evaluate, space, seed) = self._waiting.pop(0), self._how
+        mistakes: list[Exception] = []
 
         def report(step: int, metrics: Mapping[str, float]) -> bool:
-            return on_report(trial, step, metrics)
+            try:
+                return on_report(trial, step, metrics)
+            except Exception as mistake:  # the driver's, so no failure of the trial
+                mistakes.append(mistake)
+                raise
 
-        return trial, run_trial(evaluate, space, trial, seed, report, start)
+        with using_threads(len(available())):
+            outcome = run_trial(evaluate, space, trial, seed, report, start)
+        if mistakes:
+            raise mistakes[0]
+        return trial, outcome
 
     def close(self) -> None:
         """See `Executor.close`."""

@@ -9,8 +9,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from kernels.native.build import LANES, BuildError, build, supported
-
 OK, MALFORMED, MISMATCH, UNCHECKED = range(4)
 _POINTER, _INT64, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _WEIGHT = [_POINTER, _INT64, _POINTER]
@@ -40,6 +38,9 @@ def library() -> Library | None:
     Raises:
         ValueError: `SPARSE_NAS_ISA` names none of these, or one that this machine lacks.
     """
+    # not at the top: `python -m kernels.native.build` imports this module first
+    from kernels.native.build import LANES, BuildError, build, supported
+
     isa = os.environ.get("SPARSE_NAS_ISA") or supported()[0]
     if isa == "torch":
         return None

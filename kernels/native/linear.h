@@ -18,7 +18,32 @@ struct Layer {
 
 // --- a few samples
 
-#if SN_LANES == 8 && defined(__AVX2__)
+// One step of a slice: sixteen products added to the sums of each of B samples.
+#if SN_LANES == 16 && defined(__AVX512F__)
+
+template <int B>
+struct Sums {
+  __m512 sum[B] = {};
+};
+
+template <int B>
+static inline void step(Sums<B>& to, const float* window, int64_t stride, const uint8_t* lanes, const float* values) {
+  const __m512i lane = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)lanes));
+  const __m512 value = _mm512_loadu_ps(values);
+  SN_UNROLL for (int b = 0; b < B; ++b) {
+    const float* p = window + b * stride;
+    const __m512 in = _mm512_permutex2var_ps(_mm512_loadu_ps(p), lane, _mm512_loadu_ps(p + 16));
+    to.sum[b] = _mm512_fmadd_ps(value, in, to.sum[b]);
+  }
+}
+
+#elif SN_LANES == 8 && defined(__AVX2__)
+
+template <int B>
+struct Sums {
+  __m256 sum[B][2] = {};
+};
+
 // window[lane] for eight lanes of 0..31: four permutes, chosen between by the bits 3 and 4
 static inline __m256 look_up(const float* window, __m256i lane) {
   const __m256 a = _mm256_permutevar8x32_ps(_mm256_loadu_ps(window), lane);
@@ -29,49 +54,53 @@ static inline __m256 look_up(const float* window, __m256i lane) {
   const __m256 bit4 = _mm256_castsi256_ps(_mm256_slli_epi32(lane, 27));
   return _mm256_blendv_ps(_mm256_blendv_ps(a, b, bit3), _mm256_blendv_ps(c, d, bit3), bit4);
 }
+
+template <int B>
+static inline void step(Sums<B>& to, const float* window, int64_t stride, const uint8_t* lanes, const float* values) {
+  SN_UNROLL for (int half = 0; half < 2; ++half) {
+    const __m256i lane = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(lanes + half * 8)));
+    const __m256 value = _mm256_loadu_ps(values + half * 8);
+    SN_UNROLL for (int b = 0; b < B; ++b)
+      to.sum[b][half] = _mm256_fmadd_ps(value, look_up(window + b * stride, lane), to.sum[b][half]);
+  }
+}
+
+#else
+
+template <int B>
+struct Sums {
+  float sum[B][kSlice] = {};
+};
+
+template <int B>
+static inline void step(Sums<B>& to, const float* window, int64_t stride, const uint8_t* lanes, const float* values) {
+  for (int b = 0; b < B; ++b)
+    for (int l = 0; l < kSlice; ++l) to.sum[b][l] += values[l] * window[b * stride + lanes[l]];
+}
+
 #endif
 
-// sum[b][lane] of one slice; odd and even steps are added apart
+// sum[b][lane] of one slice; odd and even steps are added apart, so that their chains overlap
 template <int B>
 static void slice(const Header& h, int s, const float* x, int64_t stride, float (&sum)[B][kSlice]) {
   const int32_t* starts = at<int32_t>(&h, h.slice_starts);
   const int32_t* bases = at<int32_t>(&h, h.slice_bases);
   const uint8_t* lanes = at<uint8_t>(&h, h.slice_lanes);
   const float* values = at<float>(&h, h.slice_values);
-#if SN_LANES == 16 && defined(__AVX512F__)
-  __m512 acc[2][B] = {};
-  for (int32_t i = starts[s]; i < starts[s + 1]; ++i) {
-    const __m512i lane = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(lanes + i * 16ll)));
-    const __m512 value = _mm512_loadu_ps(values + i * 16ll);
-    for (int b = 0; b < B; ++b) {
-      const float* p = x + b * stride + bases[i];
-      const __m512 in = _mm512_permutex2var_ps(_mm512_loadu_ps(p), lane, _mm512_loadu_ps(p + 16));
-      acc[i & 1][b] = _mm512_fmadd_ps(value, in, acc[i & 1][b]);
-    }
+  const int64_t end = starts[s + 1];
+  Sums<B> even, odd;
+  static_assert(sizeof even == sizeof sum, "sums lie as rows of sixteen");
+  int64_t i = starts[s];
+  for (; i + 1 < end; i += 2) {
+    step(even, x + bases[i], stride, lanes + i * kSlice, values + i * kSlice);
+    step(odd, x + bases[i + 1], stride, lanes + (i + 1) * kSlice, values + (i + 1) * kSlice);
   }
-  for (int b = 0; b < B; ++b) _mm512_storeu_ps(sum[b], _mm512_add_ps(acc[0][b], acc[1][b]));
-#elif SN_LANES == 8 && defined(__AVX2__)
-  __m256 acc[2][B][2] = {};
-  for (int32_t i = starts[s]; i < starts[s + 1]; ++i)
-    for (int b = 0; b < B; ++b)
-      for (int half = 0; half < 2; ++half) {
-        const int64_t at = i * 16ll + half * 8;
-        const __m256i lane = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(lanes + at)));
-        const __m256 in = look_up(x + b * stride + bases[i], lane);
-        acc[i & 1][b][half] = _mm256_fmadd_ps(_mm256_loadu_ps(values + at), in, acc[i & 1][b][half]);
-      }
+  if (i < end) step(even, x + bases[i], stride, lanes + i * kSlice, values + i * kSlice);
+  float other[B][kSlice];
+  std::memcpy(sum, &even, sizeof sum);
+  std::memcpy(other, &odd, sizeof other);
   for (int b = 0; b < B; ++b)
-    for (int half = 0; half < 2; ++half)
-      _mm256_storeu_ps(sum[b] + half * 8, _mm256_add_ps(acc[0][b][half], acc[1][b][half]));
-#else
-  float acc[2][B][kSlice] = {};
-  for (int32_t i = starts[s]; i < starts[s + 1]; ++i)
-    for (int b = 0; b < B; ++b)
-      for (int l = 0; l < kSlice; ++l)
-        acc[i & 1][b][l] += values[i * 16ll + l] * x[b * stride + bases[i] + lanes[i * 16ll + l]];
-  for (int b = 0; b < B; ++b)
-    for (int l = 0; l < kSlice; ++l) sum[b][l] = acc[0][b][l] + acc[1][b][l];
-#endif
+    for (int l = 0; l < kSlice; ++l) sum[b][l] += other[b][l];
 }
 
 template <int B>

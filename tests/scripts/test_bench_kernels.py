@@ -1,0 +1,45 @@
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from scripts import bench_kernels
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """The script sets torch's threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+SMALL = ["--sparsity", "0.9", "--only", "144 -> 144, 8^2, batch 1 unstructured"]
+
+
+def test_a_measured_row_names_layer_machine_and_spread(tmp_path: Path) -> None:
+    file = tmp_path / "folder" / "found.json"
+    assert bench_kernels.main([*SMALL, "--json", str(file)]) == 0
+    found = json.loads(file.read_text())
+    assert found["machine"].keys() == {"cpu", "threads", "torch", "isa"}
+    (row,) = found["rows"]
+    assert (row["class"], row["pattern"], row["sparsity"]) == ("conv 1x1", "unstructured", 0.9)
+    assert row["correct"] and row["us"] > 0 and row["iqr_us"] >= 0
+    assert row["ratio"] == pytest.approx(row["dense_us"] / row["us"], abs=0.01)
+
+
+def test_a_wrong_result_gets_no_time(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    contenders = bench_kernels._contenders
+
+    def wrong(*arguments: Any) -> tuple[bench_kernels.Call, list[bench_kernels.Call]]:
+        sparse, dense = contenders(*arguments)
+        return (lambda: sparse() * 1.001), dense
+
+    monkeypatch.setattr(bench_kernels, "_contenders", wrong)
+    assert bench_kernels.main(SMALL) == 1
+    assert "WRONG RESULT, not timed" in capsys.readouterr().out

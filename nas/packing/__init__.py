@@ -3,5 +3,6 @@
 from nas.packing.network import PackedNetwork
 from nas.packing.pack import pack
 from nas.packing.report import PackedLayer
+from nas.packing.store import load, save
 
-__all__ = ["PackedLayer", "PackedNetwork", "pack"]
+__all__ = ["PackedLayer", "PackedNetwork", "load", "pack", "save"]

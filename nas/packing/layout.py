@@ -24,10 +24,9 @@ def fastest_layout(body: GraphModule, example: tuple[Tensor, ...]) -> tuple[Grap
     Returns:
         The faster one, and `contiguous` or `channels_last`.
     """
-    weights = _dense_weights(body)
-    if not weights:
+    if not _dense_weights(body):
         return body, "contiguous"
-    other = _channels_last(body, weights)
+    other = channels_last(copy.deepcopy(body))
     inputs = tuple(tensor.clone() for tensor in example)
     one, two = straight(body), straight(other)
     try:
@@ -50,9 +49,9 @@ def _dense_weights(body: GraphModule) -> list[str]:
     return [str(node.args[1].target) for node in dense]
 
 
-def _channels_last(body: GraphModule, weights: list[str]) -> GraphModule:
-    other = copy.deepcopy(body)
-    for name in weights:
-        weight = other.get_buffer(name).contiguous(memory_format=torch.channels_last)
-        other.register_buffer(name, weight)
-    return other
+def channels_last(body: GraphModule) -> GraphModule:
+    """Lay the weights of `body`'s dense convolutions out channels-last, in place."""
+    for name in _dense_weights(body):
+        weight = body.get_buffer(name).contiguous(memory_format=torch.channels_last)
+        body.register_buffer(name, weight)
+    return body

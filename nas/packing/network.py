@@ -68,6 +68,7 @@ class PackedNetwork(nn.Module):
         layers: one row for each call of a layer, in order of execution.
         notes: what was not packed, and why.
         layout: `channels_last` where all convolutions are dense and faster so.
+        out_spec: how the flat outputs of a traced body are nested; None for a single tensor.
         signature: the inputs that a traced body holds for; None where layers were exchanged.
     """
 
@@ -86,7 +87,7 @@ class PackedNetwork(nn.Module):
         self.notes = notes
         self.signature = signature
         self.layout = layout
-        self._out_spec = out_spec
+        self.out_spec = out_spec
         self._call = _callable(body)
         super().train(False)
 
@@ -109,7 +110,7 @@ class PackedNetwork(nn.Module):
 
     def _run(self, inputs: tuple[Tensor, ...]) -> Any:
         result = self._call(*inputs)
-        return result if self._out_spec is None else tree_unflatten(result, self._out_spec)
+        return result if self.out_spec is None else tree_unflatten(result, self.out_spec)
 
     def empty(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """`inputs` with a batch of 0.

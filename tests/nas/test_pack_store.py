@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from nas.packing import load, pack, save
+from tests.pack_models import MODELS, Branching, Mlp, assert_same, masked, prefer_sparse
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_saved_network_comes_back_whole(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefer_sparse(monkeypatch, runs=len(name) % 2 == 0)
+    make, shapes, _ = MODELS[name]
+    module = masked(make())
+    packed = pack(module, tuple(torch.randn(2, *shape) for shape in shapes))
+    save(packed, tmp_path / "packed")
+    loaded = load(tmp_path / "packed")
+    assert_same(loaded, module, *shapes)
+    assert loaded.explain() == packed.explain()
+    assert loaded.signature == packed.signature
+
+
+def test_a_channels_last_network_stays_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nas.packing.layout.interleaved", lambda *_: [2.0, 1.0])
+    module = masked(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)))
+    save(pack(module, torch.randn(2, 3, 7, 7), kernels="dense"), tmp_path)
+    loaded = load(tmp_path)
+    assert loaded.layout == "channels_last"
+    assert loaded(torch.randn(2, 3, 7, 7)).is_contiguous(memory_format=torch.channels_last)
+    assert_same(loaded, module, (3, 7, 7))
+
+
+def test_a_fresh_process_needs_no_code_of_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefer_sparse(monkeypatch, runs=True)
+    packed = pack(masked(Mlp()), torch.randn(2, 33))
+    save(packed, tmp_path)
+    code = (
+        "import sys, torch; from nas.packing import load; "
+        f"print(load({str(tmp_path)!r})(torch.ones(1, 33)).tolist()); "
+        "assert not any(name.startswith('tests') for name in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    torch.testing.assert_close(
+        torch.tensor(json.loads(done.stdout)), packed(torch.ones(1, 33)), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_a_network_without_a_graph_is_not_saved(tmp_path: Path) -> None:
+    packed = pack(masked(Branching()), torch.randn(2, 3, 6, 6))
+    with pytest.raises(ValueError, match="layers were exchanged"):
+        save(packed, tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"format": 1', '"format": 2', "format must be 1, got 2"),
+        ("aten.linear.default", "aten.no_such.default", "aten.no_such.default"),
+        ("aten.linear.default", "aten.linear.default.__class__", "__class__"),
+        ("aten.linear.default", "operator.attrgetter", "attrgetter"),
+        ("aten.linear.default", "os.system", "os.system"),
+        ('"name": "tensor"', '"name": "a;print(1)"', "plain"),
+        ('"target": "tensor"', '"target": "tensor.__class__"', "plain"),
+        ('"kwargs": {}', '"kwargs": {"a=print(1),b": 1}', "plain"),
+        ('"op": "get_attr"', '"op": "call_method"', "call_method"),
+        ('"dtype": "float32"', '"dtype": "nn"', "'nn' is no dtype"),
+    ],
+)
+def test_what_is_not_known_is_refused(old: str, new: str, message: str, tmp_path: Path) -> None:
+    save(pack(masked(Mlp()), torch.randn(2, 33), kernels="dense"), tmp_path)
+    path = tmp_path / "packed.json"
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path)
+
+
+def test_a_spoiled_weight_is_refused_when_it_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefer_sparse(monkeypatch)
+    save(pack(masked(nn.Linear(16, 16)), torch.randn(2, 16)), tmp_path)
+    path = tmp_path / "packed.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[-40] ^= 0xFF
+    path.write_bytes(raw)
+    with pytest.raises(ValueError):
+        load(tmp_path)(torch.randn(2, 16))

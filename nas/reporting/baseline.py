@@ -5,9 +5,9 @@ Random search as a baseline for sparse architecture search: 2403.08265.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from nas.run import Point, Run
 TOLERANCE = 0.01  # of the point's non-zeros
 DRAWS = 300
 MOVES = 30  # of a walk
-STARTS = 4  # walks for each network that is wanted
+STARTS = 10  # walks for each network that is wanted
 
 
 @dataclass(frozen=True)
@@ -96,62 +96,72 @@ def match_nonzeros(run: Run, picks: Picks, networks: int, rng: np.random.Generat
     each is brought nearer by the best change of one decision at a time. Where that does not reach
     1 % either, the nearest are given.
     """
-    target = NonZeros().value(run.problem.space, picks)
-    found: dict[str, Match] = {}
-    drawn = (_match(run, p, target, False) for p in _draws(run, rng, DRAWS))
-    moved = (_approach(run, p, target, rng) for p in _draws(run, rng, STARTS * networks))
-    unlike = run.problem.space.architecture(picks).id
-    for match in _near_first(drawn, moved):
-        name = run.problem.space.architecture(match.picks).id
-        if name != unlike and _is_allowed(run, match.picks):
-            found.setdefault(name, match)
-        if sum(m.off <= TOLERANCE for m in found.values()) >= networks:
+    hunt = _Hunt(run, picks, rng)
+    found: list[Match] = []
+    for match in chain(hunt.drawn(DRAWS), hunt.walked(STARTS * networks)):
+        found.append(match)
+        if sum(m.off <= TOLERANCE for m in found) >= networks:
             break
-    return sorted(found.values(), key=lambda m: max(m.off, TOLERANCE))[:networks]
+    return sorted(found, key=lambda m: max(m.off, TOLERANCE))[:networks]
 
 
-def _near_first(drawn: Iterable[Match], moved: Iterable[Match]) -> Iterator[Match]:
-    """What was drawn near enough, then what was moved there."""
-    yield from (m for m in drawn if m.off <= TOLERANCE)
-    yield from moved
+class _Hunt:
+    """Finds networks of a number of non-zeros, none twice and never the one to compare with."""
 
+    def __init__(self, run: Run, picks: Picks, rng: np.random.Generator) -> None:
+        self.run, self.space, self.rng = run, run.problem.space, rng
+        self.target = NonZeros().value(self.space, picks)
+        self.taken = {self.space.architecture(picks).id}
 
-def _draws(run: Run, rng: np.random.Generator, most: int) -> Iterator[Picks]:
-    return islice(iter(lambda: run.problem.space.sample(rng), None), most)
+    def drawn(self, most: int) -> Iterator[Match]:
+        """Those draws that are near enough."""
+        for _ in range(most):
+            match = self._match(self.space.sample(self.rng), moved=False)
+            if match.off <= TOLERANCE and self._fits(match):
+                yield self._take(match)
 
+    def walked(self, most: int) -> Iterator[Match]:
+        """The ends of walks to ever nearer neighbours, from as many draws."""
+        for _ in range(most):
+            match = self._walk(self._match(self.space.sample(self.rng), moved=False))
+            if self._fits(match):
+                yield self._take(match)
 
-def _match(run: Run, picks: Picks, target: float, moved: bool) -> Match:
-    nonzeros = NonZeros().value(run.problem.space, picks)
-    return Match(picks, int(nonzeros), abs(nonzeros - target) / target, moved)
+    def _walk(self, here: Match) -> Match:
+        for _ in range(MOVES):
+            nearest = self._nearest(here)
+            if nearest is here:
+                break
+            here = nearest
+        return here
 
+    def _nearest(self, here: Match) -> Match:
+        """The nearest neighbour, or the first that is near enough; `here` if none is nearer."""
+        best = here
+        for picks in self.space.neighbours(here.picks, self.rng):
+            if best.off <= TOLERANCE and self._fits(best):
+                break
+            match = self._match(picks, moved=True)
+            if (match.off < best.off or not self._fits(best)) and self._fits(match):
+                best = match
+        return best
 
-def _approach(run: Run, picks: Picks, target: float, rng: np.random.Generator) -> Match:
-    """The end of a walk to ever nearer neighbours."""
-    here = _match(run, picks, target, False)
-    for _ in range(MOVES):
-        if here.off <= TOLERANCE:
-            break
-        nearest = _nearest(run, here, target, rng)
-        if nearest.off >= here.off:
-            break
-        here = nearest
-    return here
+    def _match(self, picks: Picks, moved: bool) -> Match:
+        nonzeros = NonZeros().value(self.space, picks)
+        return Match(picks, int(nonzeros), abs(nonzeros - self.target) / self.target, moved)
 
+    def _fits(self, match: Match) -> bool:
+        """Whether it is new, and within the limits that need no training."""
+        if self.space.architecture(match.picks).id in self.taken:
+            return False
+        limits = self.run.problem.limits
+        return not limits or not violations(
+            self.run.evaluate.analytic(self.space, match.picks), limits
+        )
 
-def _nearest(run: Run, here: Match, target: float, rng: np.random.Generator) -> Match:
-    """The nearest neighbour, or the first that is near enough."""
-    best = here
-    for picks in run.problem.space.neighbours(here.picks, rng):
-        match = _match(run, picks, target, True)
-        best = min(best, match, key=lambda m: m.off)
-        if best.off <= TOLERANCE:
-            break
-    return best
-
-
-def _is_allowed(run: Run, picks: Picks) -> bool:
-    costs: Mapping[str, float] = run.evaluate.analytic(run.problem.space, picks)
-    return not violations(costs, run.problem.limits)
+    def _take(self, match: Match) -> Match:
+        self.taken.add(self.space.architecture(match.picks).id)
+        return match
 
 
 def _beaten(judge: Judge, ours: Judged, means: list[float]) -> int:

@@ -61,7 +61,8 @@ def difference(a: Sequence[float], b: Sequence[float]) -> Estimate:
     u, v = statistics.variance(a) / len(a), statistics.variance(b) / len(b)
     if u + v == 0:
         return Estimate(mean, mean, mean, n)
-    freedom = (u + v) ** 2 / (u * u / (len(a) - 1) + v * v / (len(b) - 1))
+    share = u / (u + v)
+    freedom = 1 / (share**2 / (len(a) - 1) + (1 - share) ** 2 / (len(b) - 1))
     reach = student_t(max(1, math.floor(freedom + 1e-9))) * math.sqrt(u + v)
     return Estimate(mean, mean - reach, mean + reach, n)
 

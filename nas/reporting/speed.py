@@ -122,11 +122,11 @@ def _dense(module: nn.Module, x: Tensor) -> PackedNetwork:
 
 def _add_compiled(networks: dict[str, Callable[..., Any]], x: Tensor) -> dict[str, str]:
     """Compile the eager network and add it; where that fails, the reason."""
-    torch.compiler.reset()
-    network = torch.compile(copy.deepcopy(networks["eager"]), dynamic=False)
     try:
         with warnings.catch_warnings(), torch.inference_mode(), using_threads(THREADS):
             warnings.simplefilter("ignore", DeprecationWarning)  # torch 2.13 raises its own
+            torch.compiler.reset()
+            network = torch.compile(copy.deepcopy(networks["eager"]), dynamic=False)
             network(x)
     except Exception as error:  # without a C++ compiler, or what cannot be compiled; it is said
         return {"compiled": f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]}

@@ -24,7 +24,7 @@ def test_a_measured_row_names_layer_machine_and_spread(tmp_path: Path) -> None:
     file = tmp_path / "folder" / "found.json"
     assert bench_kernels.main([*SMALL, "--json", str(file)]) == 0
     found = json.loads(file.read_text())
-    assert found["machine"].keys() == {"cpu", "threads", "torch", "isa"}
+    assert found["machine"].keys() == {"cpu", "threads", "torch", "isa", "clock"}
     (row,) = found["rows"]
     assert (row["class"], row["pattern"], row["sparsity"]) == ("conv 1x1", "unstructured", 0.9)
     assert row["correct"] and row["us"] > 0 and row["iqr_us"] >= 0

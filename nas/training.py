@@ -107,8 +107,10 @@ class _Run:
     def _make_optimizer(self) -> torch.optim.Optimizer:
         parameters, how = list(self.network.parameters()), self.how
         if how.optimizer == "sgd":
-            return torch.optim.SGD(parameters, how.lr, 0.9, weight_decay=how.weight_decay)
-        return torch.optim.AdamW(parameters, how.lr, weight_decay=how.weight_decay)
+            return torch.optim.SGD(
+                parameters, how.lr, 0.9, weight_decay=how.weight_decay, fused=True
+            )
+        return torch.optim.AdamW(parameters, how.lr, weight_decay=how.weight_decay, fused=True)
 
     def _continue(self, tensors: Mapping[str, Tensor]) -> None:
         self.step = int(tensors["training#step"])

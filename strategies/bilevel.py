@@ -83,7 +83,7 @@ class _Round:
 
     def _optimizers(self) -> None:
         weights = [p for p in self.network.parameters() if p.requires_grad]
-        self.weights = torch.optim.SGD(weights, self.how.lr, 0.9, weight_decay=3e-4)
+        self.weights = torch.optim.SGD(weights, self.how.lr, 0.9, weight_decay=3e-4, fused=True)
         rate = self.how.mixture_lr or 6 / self.last
         logits = list(self.logits.values())
         self.mixture = torch.optim.Adam(logits, rate, (0.5, 0.999), weight_decay=1e-3)

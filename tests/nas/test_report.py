@@ -47,7 +47,7 @@ def short_measurements() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("report") / "run"
-    space = mlp((1, 8, 8), 10, depths=(1, 2), widths=WIDTHS, sparsities=("0.5", "0.8", "2:4"))
+    space = mlp((1, 8, 8), 10, depths=(1, 2), widths=WIDTHS, sparsities=("0.5", "0.6", "0.8"))
     evaluate = Evaluate(digits(), costs=[NonZeros(), Latency()])
     objectives = ("error", "nonzeros")
     strategy = RandomSearch(seed=SEED)

@@ -53,6 +53,20 @@ def test_a_branch_on_the_batch_size_is_not_baked_in() -> None:
     assert "batch 1" in packed.notes[0]
 
 
+def test_outputs_that_are_no_finite_floats_are_compared_too() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            y = self.fc(x)
+            return y > 0, y.argmax(1), y.masked_fill(y > 0, float("-inf")), (y * 0) / (y * 0)
+
+    packed = pack(masked(Odd(), 0.5), torch.randn(3, 8))
+    assert packed.notes == ()
+
+
 def test_packing_leaves_the_module_and_its_mode_alone() -> None:
     module = masked(ResNet()).train()
     before = copy.deepcopy(module.state_dict())

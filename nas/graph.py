@@ -12,7 +12,8 @@ from typing import Any
 
 import networkx as nx
 
-from nas.choices import Choice, Decision, Label, Pick, Subset, When, find, merge, settle
+from nas.choices import Choice, Decision, Label, Pick, Subset, When
+from nas.inside import find, merge, settle
 from nas.operations import Layer, Operation, Shape
 
 INPUT = "input"

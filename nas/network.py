@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nas.choices import Choice, Decision, When, find
+from nas.choices import Choice, Decision, When
 from nas.expected import Expected
 from nas.graph import INPUT, Graph, Node, weight_path
+from nas.inside import find
 from nas.masks import Mixture, Plan, attach_all, original, sparse_weights
 from nas.modules import Zero
 from nas.operations import (

@@ -16,18 +16,9 @@ from typing import TYPE_CHECKING, Any
 import networkx as nx
 import numpy as np
 
-from nas.choices import (
-    Choice,
-    Choices,
-    Decision,
-    Label,
-    Pick,
-    Picks,
-    Subset,
-    fingerprint,
-    merge,
-)
+from nas.choices import Choice, Choices, Decision, Label, Pick, Picks, Subset, fingerprint
 from nas.graph import Graph, Node
+from nas.inside import merge
 from nas.operations import Layer, Operation, Shape
 from nas.sparsity import check
 

@@ -17,12 +17,10 @@ from nas.choices import (
     Picks,
     Subset,
     When,
-    find,
     fingerprint,
     label_of,
-    merge,
-    settle,
 )
+from nas.inside import find, merge, settle
 from nas.sparsity import NM, Unstructured
 
 LABELS = ("a", "b", "c", "d")

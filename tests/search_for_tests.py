@@ -49,7 +49,8 @@ def small_evaluate(task: Task | None = None, **changes: Any) -> Evaluate:
     from nas.costs import Flops, Parameters
 
     costs = changes.pop("costs", (Parameters(), Flops()))
-    return Evaluate(task or small_task(), costs=costs, training=Training(batch_size=64), **changes)
+    training = changes.pop("training", Training(batch_size=64))
+    return Evaluate(task or small_task(), costs=costs, training=training, **changes)
 
 
 def small_search(out: Path, **changes: Any) -> Run:

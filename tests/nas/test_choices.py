@@ -114,6 +114,19 @@ def test_neighbours_are_canonical_and_differ_in_one_decision(
         assert all(_hangs_on(choices, name, changed[0]) for name in gone | new)
 
 
+@settings(deadline=None, max_examples=60)
+@given(drawn_choices(), st.integers(0, 2**32 - 1))
+def test_a_mutation_is_a_neighbour_and_no_other_is_possible_where_there_is_none(
+    choices: Choices, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    picks = choices.sample(rng)
+    near, other = list(choices.neighbours(picks)), choices.mutate(picks, rng)
+    assert json.dumps(choices.canonical(other)) == json.dumps(other)
+    changed = [n for n in picks if n in other and other[n] != picks[n]]
+    assert len(changed) == (1 if near else 0)
+
+
 def _hangs_on(choices: Choices, name: str, ancestor: str) -> bool:
     when = choices[name].when
     return when is not None and (

@@ -110,16 +110,17 @@ def pareto_table(run: Run) -> str:
     front = run.front()
     rows = [_cells(run, point) for point in front]
     titles = list(dict.fromkeys(title for row in rows for title in row))
-    table = Table(box=box.SIMPLE_HEAD, title=f"front: {len(front)} of {run.counted()} trials")
+    table = Table(box=box.SIMPLE_HEAD)
     for title in titles:
         table.add_column(title.replace(" (", "\n("), justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*(row.get(title, "-") for title in titles))
     text = StringIO()
     Console(file=text, width=WIDTH, highlight=False, markup=False).print(table)
-    lines = [line.rstrip() for line in text.getvalue().splitlines()]
-    places = [f"run: {run.folder}", f"see: {tensorboard_command(run)}"]
-    return "\n".join(line for line in [*lines, *places] if line)
+    lines = [f"front: {len(front)} of {run.counted()} trials"]
+    lines += [line.rstrip() for line in text.getvalue().splitlines()]
+    lines += [f"run: {run.folder}", f"see: {tensorboard_command(run)}"]
+    return "\n".join(filter(None, lines))
 
 
 def _cells(run: Run, point: Point) -> dict[str, str]:

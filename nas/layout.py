@@ -7,7 +7,7 @@ torch and no matplotlib.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import inf
@@ -59,7 +59,7 @@ def arrange(graph: nx.DiGraph[Any], sizes: Mapping[Any, Size], widest: float = i
     paths = {(u, v): [u, *_between(u, v, rank), v] for u, v in graph.edges}
     columns = _columns(graph, rank, paths)
     size = {n: sizes.get(n, (0.0, LANE)) for column in columns for n in column}
-    links = _links(paths.values())
+    links = _links(size, paths.values())
     columns = _ordered(columns, links)
     height = _heights(columns, links, size)
     spans = _spans([max(size[n][0] for n in column) for column in columns], widest)
@@ -114,12 +114,11 @@ def _columns(
     return columns
 
 
-def _links(paths: Any) -> dict[Any, list[Any]]:
-    links: dict[Any, list[Any]] = {}
+def _links(nodes: Iterable[Any], paths: Iterable[list[Any]]) -> dict[Any, list[Any]]:
+    links: dict[Any, list[Any]] = {node: [] for node in nodes}
     for path in paths:
         for u, v in pairwise(path):
-            links.setdefault(u, []).append(v)
-            links.setdefault(v, [])
+            links[u].append(v)
     return links
 
 

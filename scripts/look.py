@@ -63,7 +63,7 @@ def expectations(run: Path) -> dict[str, list[str]]:
     objectives = [o["name"] for o in described["objectives"]]
     choices = [c["name"] for c in described["choices"][:3]]
     return {
-        "timeseries": [f"best/{name}" for name in objectives],
+        "timeseries": ["search", "best", *objectives],
         "scalars": ["search", "trials/0000", *(f"best/{name}" for name in objectives)],
         "images": ["front", "best_architecture"],
         "hparams": [*choices, *objectives],

@@ -1,12 +1,14 @@
 """What tests of executors send to other processes: it must be importable there."""
 
 import os
+import select
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -197,12 +199,16 @@ def interruptible_search(folder: Path, executor: Executor, resume: bool = False)
     )
 
 
-def interrupt(folder: Path, make_executor: str) -> subprocess.Popen[str]:
-    """Run a search in a process group of its own; Ctrl-C once it cannot go on by itself.
+@contextmanager
+def interrupted(folder: Path, make_executor: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Run a search in a process of its own, and press Ctrl-C when a trial has ended.
 
     Args:
         folder: Of the run.
-        make_executor: An expression, such as `Processes(2)`, with its import before it.
+        make_executor: Python that imports what it needs and sets `executor`.
+
+    Yields:
+        The driver's process, and the mark in the environment of all that it starts.
     """
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
@@ -210,27 +216,45 @@ def interrupt(folder: Path, make_executor: str) -> subprocess.Popen[str]:
         f"{make_executor}; run = interruptible_search(Path({str(folder)!r}), executor); "
         "assert run.interrupted"
     )
-    driver = subprocess.Popen(
+    mark = f"MARK={uuid.uuid4().hex}"
+    with subprocess.Popen(
         [sys.executable, "-W", "error", "-c", code],
-        env=os.environ | {"HANG_ON_DEEP": "1"},
+        env=os.environ | dict([mark.split("=")]) | {"HANG_ON_DEEP": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-    )
-    assert driver.stdout is not None
-    assert driver.stdout.readline().startswith("told")
-    os.killpg(driver.pid, signal.SIGINT)
-    return driver
+    ) as driver:
+        assert driver.stdout is not None
+        assert driver.stdout.readline().startswith("told")
+        os.killpg(driver.pid, signal.SIGINT)
+        yield driver, mark
 
 
-def left_running(group: int) -> list[str]:
-    """Command lines of a process group's members that have not ended."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):  # it has ended meanwhile
-            state, _, belongs_to = stat.read_text().rpartition(")")[2].split()[:3]
-            command = stat.with_name("cmdline").read_text().replace("\0", " ")
-            if int(belongs_to) == group and state != "Z" and "resource_tracker" not in command:
-                found.append(command)
-    return found
+def left_running(mark: str, patience_s: float = 10.0) -> list[str]:
+    """Command lines of processes with a mark in their environment that do not end by themselves.
+
+    Args:
+        mark: `name=value`.
+        patience_s: How long each may take to end.
+    """
+    return [command for pid, command in _marked(mark) if not _ends(pid, patience_s) and command]
+
+
+def _marked(mark: str) -> Iterator[tuple[int, str]]:
+    for environment in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):  # it has ended meanwhile, or is another's
+            if mark.encode() in environment.read_bytes():
+                command = environment.with_name("cmdline").read_text().replace("\0", " ")
+                yield int(environment.parent.name), command
+
+
+def _ends(pid: int, patience_s: float) -> bool:
+    try:
+        process = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return bool(select.select([process], [], [], patience_s)[0])
+    finally:
+        os.close(process)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from pickle import PicklingError
+from typing import Any, Protocol
 
 from nas.evaluate import Evaluate, Outcome
 from nas.space import Space
@@ -33,6 +34,20 @@ class Executor(Protocol):
     def close(self) -> None:
         """Give up what is out and let go of all processes."""
         ...
+
+
+def packed(dumps: Callable[[Any], bytes], **parts: Any) -> dict[str, bytes]:
+    """Pickle what workers need. Raises ValueError naming the part that cannot be pickled."""
+    found = {}
+    for name, part in parts.items():
+        try:
+            found[name] = dumps(part)
+        except (PicklingError, AttributeError, TypeError) as error:
+            raise ValueError(
+                f"{name} cannot travel to worker processes ({error}): "
+                "make it of functions and classes that can be imported"
+            ) from None
+    return found
 
 
 class InProcess:

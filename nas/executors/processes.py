@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from nas.evaluate import Evaluate, Outcome
-from nas.executors import OnReport
+from nas.executors import OnReport, packed
 from nas.executors.cores import Cores, available, on, share_out
 from nas.space import Space
 from nas.store import State
@@ -60,7 +60,8 @@ class Processes:
             ValueError: Something cannot travel to a worker, or there are too few cores.
             RuntimeError: A worker could not start.
         """
-        self._package = packed(space=space, evaluate=evaluate, seed=seed)
+        parts = packed(pickle.dumps, space=space, evaluate=evaluate, seed=seed)
+        self._package = pickle.dumps(parts)
         self._cores, self._limit_s = share_out(self.workers, evaluate), evaluate.time_limit_s
         try:
             self._staff = [self._hire() for _ in range(self.workers)]
@@ -137,19 +138,6 @@ class Processes:
         return Outcome("failed", seconds=time.monotonic() - worker.begun, error=error)
 
 
-def packed(**parts: Any) -> bytes:
-    """Pickle what a worker needs. Raises ValueError naming the part that cannot be pickled."""
-    for name, part in parts.items():
-        try:
-            pickle.dumps(part)
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
-            raise ValueError(
-                f"{name} cannot travel to worker processes ({error}): "
-                "make it of functions and classes that can be imported"
-            ) from None
-    return pickle.dumps(parts)
-
-
 class _Worker:
     """The driver's side of a worker process."""
 
@@ -216,7 +204,7 @@ def work(pipe: Connection, threads: int) -> None:
 
 def _work(pipe: Connection) -> None:
     try:
-        parts = _receive(pipe)
+        parts = {name: pickle.loads(part) for name, part in _receive(pipe).items()}
     except Exception as error:  # whatever importing the user's modules brings
         _send(pipe, (f"{type(error).__name__}: {error}",))
         return

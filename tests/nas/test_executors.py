@@ -3,19 +3,16 @@
 import os
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from nas.costs import Latency
 from nas.evaluate import Evaluate
-from nas.executors import Executor, InProcess, cores
+from nas.executors import InProcess, cores
 from nas.executors import processes as home
 from nas.executors.processes import Processes
-from nas.store import State
 from nas.trial import Trial
 from tests import executor_helpers as helpers
 from tests.executor_helpers import (
@@ -24,12 +21,12 @@ from tests.executor_helpers import (
     Measuring,
     Surroundings,
     evaluate,
-    picks,
     run_search,
     small_space,
     told,
     train_one,
 )
+from tests.executor_suite import ExecutorSuite
 
 several_cores = pytest.mark.skipif(len(cores.available()) < 2, reason="needs 2 cores")
 
@@ -43,93 +40,28 @@ def worker() -> Iterator[Processes]:
     executor.close()
 
 
-@pytest.fixture(params=["in process", "processes"])
-def either(request: pytest.FixtureRequest, worker: Processes) -> Executor:
-    if request.param == "processes":
+class TestInProcess(ExecutorSuite):
+    @pytest.fixture
+    def executor(self) -> InProcess:
+        executor = InProcess()
+        executor.start(small_space(), evaluate(), helpers.SEED)
+        return executor
+
+
+class TestProcesses(ExecutorSuite):
+    @pytest.fixture
+    def executor(self, worker: Processes) -> Processes:
         return worker
-    executor = InProcess()
-    executor.start(small_space(), evaluate(), helpers.SEED)
-    return executor
-
-
-@pytest.fixture(scope="module")
-def here(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
-    """What a search in this process tells, on one thread."""
-    folder = tmp_path_factory.mktemp("here")
-    with cores.on(cores.available()[:1]):
-        run_search(folder, InProcess())
-    return told(folder)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_search_finds_the_same_wherever_its_trials_train(
-    workers: int, here: dict[int, dict[str, Any]], tmp_path: Path
+    workers: int, found_here: dict[int, dict[str, Any]], tmp_path: Path
 ) -> None:
     run_search(tmp_path, Processes(workers, threads=1))
     there = told(tmp_path)
-    assert there == here
-    assert workers > 1 or list(there) == list(here)
-
-
-def test_a_trial_goes_on_from_its_parents_state(either: Executor) -> None:
-    first = Trial(0, picks(), budget=2)
-    either.submit(first, None)
-    _, begun = either.next(helpers.go_on)
-    assert isinstance(begun.state, State)
-    either.submit(replace(first, number=1, parent=0, budget=4), begun.state)
-    _, ended = either.next(helpers.go_on)
-    assert ended.state is not None
-    steps = [int(o.state.tensors["training#step"]) for o in (begun, ended) if o.state]
-    assert steps[1] == 2 * steps[0] > 0
-
-
-def test_states_come_back_whole(worker: Processes) -> None:
-    here = InProcess()
-    here.start(small_space(), evaluate(), helpers.SEED)
-    states = []
-    for executor in (here, worker):
-        executor.submit(Trial(5, picks(), budget=1), None)
-        state = executor.next(helpers.go_on)[1].state
-        assert state is not None
-        states.append(state)
-    assert states[0].meta == states[1].meta
-    torch.testing.assert_close(states[0].tensors, states[1].tensors, rtol=0, atol=0)
-
-
-def test_reports_are_heard_in_order_and_answered(either: Executor) -> None:
-    heard: list[tuple[int, int, Mapping[str, float]]] = []
-
-    def until_two(trial: Trial, step: int, metrics: Mapping[str, float]) -> bool:
-        heard.append((trial.number, step, dict(metrics)))
-        return step < 2
-
-    outcome = train_one(either, Counts(), until_two, number=4)
-    assert heard == [(4, 1, {"rmse": 1.0}), (4, 2, {"rmse": 2.0})]
-    assert (outcome.status, outcome.metrics) == ("stopped", {"rmse": 2.0})
-    assert outcome.state is not None
-
-
-@pytest.mark.parametrize(
-    ("how", "error"),
-    [("raises", "ZeroDivisionError: no such luck"), ("nan", "ArithmeticError: rmse is nan")],
-)
-def test_a_failure_of_training_fails_the_trial_alone(
-    either: Executor, how: str, error: str
-) -> None:
-    outcome = train_one(either, Fails(how))
-    assert (outcome.status, outcome.error, outcome.state) == ("failed", error, None)
-    assert train_one(either, Counts()).status == "ok"
-
-
-def test_a_mistake_of_the_driver_ends_the_search(either: Executor) -> None:
-    def mistaken(trial: Trial, step: int, metrics: Mapping[str, float]) -> bool:
-        raise LookupError("the strategy's own")
-
-    executor = either if isinstance(either, InProcess) else Processes(1)
-    executor.start(small_space(), evaluate(), helpers.SEED)
-    with pytest.raises(LookupError, match="the strategy's own"):
-        train_one(executor, Counts(), mistaken)
-    executor.close()
+    assert there == found_here
+    assert workers > 1 or list(there) == list(found_here)
 
 
 @pytest.mark.parametrize(
@@ -245,10 +177,10 @@ def test_no_workers_are_refused() -> None:
 
 def test_ctrl_c_leaves_no_process_and_a_log_that_can_be_resumed(tmp_path: Path) -> None:
     made = "from nas.executors.processes import Processes; executor = Processes(2)"
-    driver = helpers.interrupt(tmp_path, made)
-    _, errors = driver.communicate(timeout=60)
-    assert (driver.returncode, errors) == (0, "")
-    assert helpers.left_running(driver.pid) == []
+    with helpers.interrupted(tmp_path, made) as (driver, mark):
+        _, errors = driver.communicate(timeout=60)
+        assert (driver.returncode, errors) == (0, "")
+        assert helpers.left_running(mark) == []
     assert 1 <= len(told(tmp_path)) < 8
     run = helpers.interruptible_search(tmp_path, InProcess(), resume=True)
     assert not run.interrupted

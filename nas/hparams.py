@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from itertools import combinations
+from math import comb
 from typing import Any
 
-from nas.choices import Decision, Label, Pick, Subset
+from nas.choices import Decision, Pick, Subset
 from nas.space import Space
 from nas.trial import Result, Trial
 
 MISSING = "-"
+MOST_COMBINATIONS = 32
 BUDGET = "trial/budget"
 
 
@@ -22,7 +25,8 @@ def experiment(space: Space, metrics: Sequence[str]) -> Any:
     """Names and options of all choices, and the metrics to show: once for a whole search."""
     from tensorboard.plugins.hparams import summary_v2 as hp
 
-    known = [hp.HParam(choice.name, hp.Discrete(_options(choice))) for choice in space.choices]
+    domains = {c.name: _options(c) for c in space.choices}
+    known = [hp.HParam(n, hp.Discrete(found) if found else None) for n, found in domains.items()]
     return hp.hparams_config_pb([*known, hp.HParam(BUDGET)], [hp.Metric(m) for m in metrics])
 
 
@@ -30,7 +34,7 @@ def session_start(space: Space, trial: Trial, result: Result) -> Any:
     """What a trial picked; `-` for choices that are open or do not exist under its picks."""
     from tensorboard.plugins.hparams import summary_v2 as hp
 
-    picked = {c.name: _value(c, trial.picks.get(c.name)) for c in space.choices}
+    picked = {c.name: _value(trial.picks.get(c.name)) for c in space.choices}
     begun = time.time() - result.seconds
     return hp.hparams_pb({**picked, BUDGET: trial.budget}, f"trial {trial.number}", begun)
 
@@ -51,12 +55,18 @@ def session_end(result: Result) -> Any:
     return Summary(value=[value])
 
 
-def _options(choice: Decision) -> list[Label]:
-    """Options of a column; a subset's have one value a combination, which are not listed."""
-    return [] if isinstance(choice, Subset) else [*map(str, choice.labels), MISSING]
+def _options(choice: Decision) -> list[str]:
+    """What a column may hold, to filter by; nothing where a subset has too many combinations."""
+    if isinstance(choice, Subset):
+        if comb(len(choice.items), choice.k) > MOST_COMBINATIONS:
+            return []
+        picks: list[Pick] = [list(held) for held in combinations(choice.items, choice.k)]
+    else:
+        picks = list(choice.labels)
+    return [*(_value(pick) for pick in picks), MISSING]
 
 
-def _value(choice: Decision, pick: Pick | None) -> str:
+def _value(pick: Pick | None) -> str:
     if pick is None:
         return MISSING
     return " ".join(map(str, pick)) if isinstance(pick, list) else str(pick)

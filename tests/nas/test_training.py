@@ -1,4 +1,5 @@
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nas.evaluate import restore
+from nas.latency import using_threads
 from nas.masks import training_state, weights
 from nas.recipes import LearnedScores, Magnitude, OneShot, RandomMask, Recipe
 from nas.store import State
@@ -14,6 +16,14 @@ from nas.tasks import Task
 from nas.training import Training
 from tests.search_for_tests import small_space, small_task
 from tests.tasks_for_tests import regression_task
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Networks this small only lose by more."""
+    with using_threads(1):
+        yield
+
 
 PICKS: dict[str, Any] = {"depth": 1, "layer0/width": 16, "layer0/sparsity": "0.5"}
 
@@ -65,6 +75,23 @@ def continued(how: Training, first: int, whole: int, stop: int | None) -> nn.Mod
     torch.manual_seed(1234)
     how(again, small_task(), whole, Reports(), seed=7, start=state)
     return again
+
+
+def test_what_is_drawn_while_training_goes_on_where_it_broke_off() -> None:
+    def dropping() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 16), nn.Dropout(0.5), nn.Linear(16, 2))
+
+    second, whole = dropping(), dropping()
+    Training(batch_size=16)(whole, small_task(), 4, Reports())
+    first = dropping()
+    _, extra = Training(batch_size=16)(first, small_task(), 4, Reports(stop_after=2))
+    second.load_state_dict(first.state_dict())
+    torch.manual_seed(1234)
+    Training(batch_size=16)(second, small_task(), 4, Reports(), start=state_of(first, extra))
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole.parameters(), second.parameters(), strict=True)
+    )
 
 
 RECIPES: list[Recipe] = [Magnitude(), OneShot(), RandomMask(), LearnedScores()]

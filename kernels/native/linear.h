@@ -111,7 +111,7 @@ static void slice_task(const Layer& layer, int s, const float* x, int64_t stride
   const int row = s * kSlice, count = std::min(kSlice, h.rows - row);
   for (int b = 0; b < B; ++b) {
     for (int l = 0; layer.bias && l < count; ++l) sum[b][l] += layer.bias[row + l];
-    for (int l = 0; layer.activation && l < kSlice; l += V) store(sum[b] + l, activate(load(sum[b] + l), layer.activation));
+    if (layer.activation) activate_all(sum[b], kSlice / V, layer.activation);
     std::memcpy(y + b * static_cast<int64_t>(h.rows) + row, sum[b], static_cast<size_t>(count) * 4);
   }
 }

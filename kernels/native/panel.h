@@ -88,8 +88,8 @@ static inline void add_blocks(Tile<4, N>& acc, const Rows& w, const int32_t* sta
 }
 
 template <bool Blocks, int R, int N, class Store>
-static inline __attribute__((always_inline)) void unit_rows(const Rows& w, int chunk, int unit, int row, const float* x, float* partial,
-                             const Store& out) {
+static inline __attribute__((always_inline)) void unit_rows(const Rows& w, int chunk, int unit, int row,
+                                                            const float* x, float* partial, const Store& out) {
   Tile<R, N> acc;
   const int32_t* start = w.starts + static_cast<int64_t>(chunk) * w.units + unit;
   open<R, N>(acc, w, chunk, row, partial);

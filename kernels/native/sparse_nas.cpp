@@ -66,10 +66,12 @@ SN_EXPORT void sn_threads(void* fork, void* number, void* size) {
 }
 
 // the caller has checked every offset and column of this blob
-SN_EXPORT void sn_checked(const void* blob, int64_t bytes) { checked.add(Checked::name(blob, bytes, *at<uint32_t>(blob, 24))); }
+SN_EXPORT void sn_checked(const void* blob, int64_t bytes) {
+  checked.add(Checked::name(blob, bytes, *at<uint32_t>(blob, 24)));
+}
 
-SN_EXPORT int sn_linear(const float* x, int64_t batch, int64_t columns, const void* weight, int64_t bytes, const float* bias,
-              float* y, int64_t rows, int activation, int threads) {
+SN_EXPORT int sn_linear(const float* x, int64_t batch, int64_t columns, const void* weight, int64_t bytes,
+                        const float* bias, float* y, int64_t rows, int activation, int threads) {
   if (const Status status = check_weight(weight, bytes)) return status;
   const Header* h = static_cast<const Header*>(weight);
   if (h->operation != kLinear || h->channels != columns || h->rows != rows) return kMismatch;
@@ -94,7 +96,7 @@ SN_EXPORT int sn_conv2d(const float* x, const Geometry* g, const void* weight, i
     return kMismatch;
   if (g->images == 0 || g->rows == 0) return kOk;
   Conv c{h, x, y, g->images, {g->height, g->out_h, g->stride_h, g->pad_h, g->dilation_h, g->kernel_h},
-         {g->width, g->out_w, g->stride_w, g->pad_w, g->dilation_w, g->kernel_w}, rows_of(*h, bias, activation), threads};
+         {g->width, g->out_w, g->stride_w, g->pad_w, g->dilation_w, g->kernel_w}, rows_of(*h, bias, activation), 1};
   c.threads = useful_threads(threads, c.multiply_adds());
   conv2d(c);
   return kOk;

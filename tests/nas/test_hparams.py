@@ -20,12 +20,12 @@ def test_columns_list_what_may_be_picked_and_the_dash() -> None:
     space: Any = Spaceless(
         Choice("op", ["conv", "none"], open_only=("none",)), Choice("k", [3, 5])
     )
-    assert _columns(space) == {"op": ["conv", "-"], "k": ["3", "5", "-"], BUDGET: []}
+    assert _columns(space) == {"op": {"conv", "-"}, "k": {"3", "5", "-"}, BUDGET: set()}
 
 
 def test_a_subset_lists_its_combinations_unless_there_are_too_many() -> None:
     space: Any = Spaceless(Subset("few", (0, 1, 2), 2), Subset("many", tuple(range(12)), 6))
-    assert _columns(space) == {"few": ["0 1", "0 2", "1 2", "-"], "many": [], BUDGET: []}
+    assert _columns(space) == {"few": {"0 1", "0 2", "1 2", "-"}, "many": set(), BUDGET: set()}
 
 
 def test_a_trial_tells_its_picks_in_the_words_of_the_columns() -> None:
@@ -42,9 +42,9 @@ def test_a_trial_tells_its_picks_in_the_words_of_the_columns() -> None:
     assert told[BUDGET].number_value == 9
 
 
-def _columns(space: Any) -> dict[str, list[str]]:
+def _columns(space: Any) -> dict[str, set[str]]:
     infos = _parsed(experiment(space, ["error"])).experiment.hparam_infos
-    return {i.name: [v.string_value for v in i.domain_discrete.values] for i in infos}
+    return {i.name: {v.string_value for v in i.domain_discrete.values} for i in infos}
 
 
 def _parsed(summary: Any) -> Any:

@@ -52,16 +52,16 @@ class RayTune:
 
     Args:
         workers: How many trials train at once.
+        address: Of a running cluster.
         threads: Of torch in each, and so the CPUs that Ray is asked for; by default the
             cluster's are shared out evenly.
-        address: Of a running cluster.
 
     Raises:
         ValueError: No worker, or no thread.
     """
 
     def __init__(
-        self, workers: int, threads: int | None = None, address: str | None = None
+        self, workers: int, address: str | None = None, threads: int | None = None
     ) -> None:
         if workers < 1 or (threads is not None and threads < 1):
             raise ValueError(

@@ -200,12 +200,15 @@ def interruptible_search(folder: Path, executor: Executor, resume: bool = False)
 
 
 @contextmanager
-def interrupted(folder: Path, make_executor: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def interrupted(
+    folder: Path, make_executor: str, by: signal.Signals = signal.SIGINT
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """Run a search in a process of its own, and press Ctrl-C when a trial has ended.
 
     Args:
         folder: Of the run.
         make_executor: Python that imports what it needs and sets `executor`.
+        by: Ctrl-C goes to all of the driver's process group, another signal to it alone.
 
     Yields:
         The driver's process, and the mark in the environment of all that it starts.
@@ -227,7 +230,7 @@ def interrupted(folder: Path, make_executor: str) -> Iterator[tuple[subprocess.P
     ) as driver:
         assert driver.stdout is not None
         assert driver.stdout.readline().startswith("told")
-        os.killpg(driver.pid, signal.SIGINT)
+        (os.killpg if by == signal.SIGINT else os.kill)(driver.pid, by)
         yield driver, mark
 
 

@@ -1,6 +1,7 @@
 """Trials give the same results wherever they train, and no trial can end a search."""
 
 import os
+import signal
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -185,3 +186,10 @@ def test_ctrl_c_leaves_no_process_and_a_log_that_can_be_resumed(tmp_path: Path) 
     run = helpers.interruptible_search(tmp_path, InProcess(), resume=True)
     assert not run.interrupted
     assert sorted(told(tmp_path)) == list(range(8))
+
+
+def test_workers_end_with_a_driver_that_is_killed(tmp_path: Path) -> None:
+    made = "from nas.executors.processes import Processes; executor = Processes(1)"
+    with helpers.interrupted(tmp_path, made, by=signal.SIGKILL) as (driver, mark):
+        assert driver.wait(timeout=60) == -signal.SIGKILL
+        assert helpers.left_running(mark) == []

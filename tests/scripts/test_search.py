@@ -1,0 +1,146 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nas.recipes import RECIPES
+from nas.run import load
+from nas.tasks import digits
+from scripts import search
+
+SMALL = ["--trials", "2", "--epochs", "1", "--objectives", "error", "parameters"]
+MLP = ["--space-option", "widths=[32,64]", "--space-option", "depths=[1,2]"]
+CELL = ["--space", "cell", "--space-option", "cells=1", "--space-option", "channels=4"]
+
+
+def run(folder: Path, *options: str) -> int:
+    return search.main(["--out", str(folder), *SMALL, *options])
+
+
+def lines(folder: Path, event: str) -> list[dict[str, object]]:
+    text = (folder / "trials.jsonl").read_text().splitlines()
+    return [e for e in map(json.loads, text) if e["event"] == event]
+
+
+@pytest.mark.parametrize("strategy", search.STRATEGIES)
+def test_each_strategy_leaves_a_whole_folder(
+    strategy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    assert run(folder, "--strategy", strategy, *MLP) == 0
+    described = json.loads((folder / "run.json").read_text())
+    assert described["strategy"]["seed"] == 0 and described["made"]["versions"]["torch"]
+    assert json.loads((folder / "pareto.json").read_text())["points"]
+    assert (folder / "best" / "weights.safetensors").exists()
+    assert list((folder / "tensorboard").rglob("events*"))
+    closed = [e for e in lines(folder, "tell") if "parameters" in e["metrics"]]  # type: ignore[operator]
+    assert len(closed) == 2
+    shown = capsys.readouterr().out
+    assert str(folder) in shown and "tensorboard --logdir" in shown
+
+
+@pytest.mark.parametrize("space", [CELL, ["--space", "sparsify", "--parent-epochs", "1"]])
+def test_each_space_leaves_a_network_that_loads(space: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert run(folder, "--strategy", "random", *space) == 0
+    best = json.loads((folder / "best" / "architecture.json").read_text())
+    found = digits().evaluate(load(folder / "best"), "test")
+    assert found["error"] == best["test"]["error"]
+
+
+WRONG = {
+    "unknown space": ["--space", "resnext"],
+    "unknown strategy": ["--strategy", "luck"],
+    "unknown task": ["--task", "imagenet"],
+    "unknown objective": ["--objectives", "error", "beauty"],
+    "limit not positive": ["--limit", "latency_ms=-1"],
+    "limit that the smallest misses": ["--limit", "parameters=10"],
+    "limit on a metric": ["--limit", "error=0.1"],
+    "limit without a number": ["--limit", "parameters=few"],
+    "missing data": ["--task", "cifar10", "--data", "/nowhere"],
+    "unknown strategy option": ["--strategy-option", "population_size=3"],
+    "impossible strategy option": ["--strategy-option", "sample=100"],
+    "unknown space option": ["--space-option", "layers=3"],
+    "sampler that would fall back": ["--strategy", "optuna", "--strategy-option", "sampler=gp"],
+    "no run to resume": ["--resume", "/nowhere"],
+    "no epochs": ["--epochs", "0"],
+    "no number": ["--trials", "many"],
+    "address without ray": ["--ray-address", "auto"],
+    "missing weights": ["--space", "sparsify", "--weights", "/nowhere.safetensors"],
+}
+
+
+@pytest.mark.parametrize("options", WRONG.values(), ids=WRONG.keys())
+def test_wrong_input_fails_with_one_line_before_any_work(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = [] if "--resume" in options else ["--out", str(tmp_path / "run")]
+    assert search.main([*out, *options]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and len(shown.err.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_wrong_input_is_refused_without_importing_torch() -> None:
+    code = (
+        "import sys; from scripts.search import main; "
+        "code = main(['--space', 'cell', '--limit', 'parameters=10']); "
+        "sys.exit(code if 'torch' not in sys.modules else 9)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 2
+
+
+def test_a_run_folder_of_another_space_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    assert run(folder, "--strategy", "random", *MLP) == 0
+    capsys.readouterr()
+    assert search.main(["--resume", str(folder), "--space", "cell"]) == 2
+    assert "mlp" in capsys.readouterr().err
+    assert run(folder, "--strategy", "random", *MLP) == 2
+    assert "holds a run already" in capsys.readouterr().err
+
+
+def test_resuming_goes_on_with_more_trials(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert run(folder, "--strategy", "random", *MLP) == 0
+    first = lines(folder, "tell")
+    assert search.main(["--resume", str(folder), "--trials", "3"]) == 0
+    assert lines(folder, "tell")[:2] == first and len(lines(folder, "tell")) == 3
+
+
+def test_a_dry_run_prints_sizes_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path / "run", "--dry-run", *MLP) == 0
+    shown = capsys.readouterr().out
+    assert "architectures" in shown and "smallest" in shown and "one trial" in shown
+    assert not (tmp_path / "run").exists()
+
+
+def test_ctrl_c_ends_cleanly_and_the_run_can_go_on(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    command = [sys.executable, "scripts/search.py", "--out", str(folder), "--strategy", "random"]
+    command += ["--trials", "500", "--epochs", "1", "--objectives", "error", "parameters", *MLP]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and "--resume" in out and "Traceback" not in err
+    assert json.loads((folder / "pareto.json").read_text())["points"]
+    done = len(lines(folder, "tell"))
+    assert search.main(["--resume", str(folder), "--trials", str(done + 1)]) == 0
+    assert len(lines(folder, "tell")) == done + 1
+
+
+def test_the_recipes_that_can_be_named_are_those_that_there_are() -> None:
+    assert set(search.RECIPES) == set(RECIPES)

@@ -68,6 +68,7 @@ class PackedNetwork(nn.Module):
         layers: one row for each call of a layer, in order of execution.
         notes: what was not packed, and why.
         layout: `channels_last` where all convolutions are dense and faster so.
+        whole: why all kernels are dense although some sparse ones won by themselves, or "".
         out_spec: how the flat outputs of a traced body are nested; None for a single tensor.
         signature: the inputs that a traced body holds for; None where layers were exchanged.
     """
@@ -80,6 +81,7 @@ class PackedNetwork(nn.Module):
         signature: Signature | None = None,
         out_spec: TreeSpec | None = None,
         layout: str = "contiguous",
+        whole: str = "",
     ) -> None:
         super().__init__()
         self.body = body
@@ -87,6 +89,7 @@ class PackedNetwork(nn.Module):
         self.notes = notes
         self.signature = signature
         self.layout = layout
+        self.whole = whole
         self.out_spec = out_spec
         self._call = _callable(body)
         super().train(False)
@@ -131,7 +134,8 @@ class PackedNetwork(nn.Module):
 
     def explain(self) -> str:
         """A table of every layer: its kernel, its time and dense's, and what was left out."""
-        return table(self.layers, self.notes)
+        whole = (f"as a whole: {self.whole}",) if self.whole else ()
+        return table(self.layers, (*self.notes, *whole))
 
 
 def _callable(body: nn.Module) -> Callable[..., Any]:

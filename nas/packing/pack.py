@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_leaves
 
-from nas.latency import using_threads
+from nas.latency import interleaved, using_threads
 from nas.masks import bake
 from nas.packing.exchange import exchange
 from nas.packing.fuse import fuse
@@ -23,10 +23,13 @@ from nas.packing.network import PackedNetwork, Signature
 from nas.packing.report import describe, row
 from nas.packing.runs import Run, find_runs
 from nas.packing.trace import Trace, Untraceable, batch_of, batched, slow_attention, trace
-from nas.packing.tune import Choice, choose
+from nas.packing.tune import Choice, as_dense, choose
 
 log = logging.getLogger("nas")
 TOLERANCE = 1e-3
+WHOLE_SECONDS = 0.1
+WHOLE_ROUNDS = 9
+CLEARLY = 0.95
 
 
 def pack(
@@ -41,8 +44,8 @@ def pack(
     Masks are baked into a copy, which is traced by `torch.export` with a free batch dimension;
     batch norm, bias and activation are fused into the products before them, and every product
     gets the fastest kernel that computes the same, the dense one included, as measured at the
-    example's batch. Where tracing fails, layers are exchanged one by one in the copy; the reason
-    is logged and kept in `notes`.
+    example's batch; so does the network as a whole. Where tracing fails, layers are exchanged
+    one by one in the copy; the reason is logged and kept in `notes`.
 
     Args:
         module: any module; it is left as it is.
@@ -92,13 +95,39 @@ def _from_graph(plain: nn.Module, example: tuple[Tensor, ...], sparse: bool) -> 
     choices = _tune(traced.module, example, sparse)
     notes += tuple(choice.note for choice in choices.values() if choice.note)
     runs = find_runs(traced.module, choices, example) if sparse else []
+    network = _network(traced, choices, runs, notes, example)
+    if runs or any(choice.kernel is choice.sparse for choice in choices.values()):
+        dense = {node: as_dense(choice) for node, choice in choices.items()}
+        network = _faster(network, _network(traced, dense, [], notes, example), example)
+    _verify(network, plain, example)
+    return network
+
+
+def _network(
+    traced: Trace,
+    choices: dict[Node, Choice],
+    runs: list[Run],
+    notes: tuple[str, ...],
+    example: tuple[Tensor, ...],
+) -> PackedNetwork:
     lowered = _single_output(traced, lower(traced.module, _placements(choices, runs)))
     body, layout = fastest_layout(lowered, example)
     spec = None if traced.out_spec.is_leaf() else traced.out_spec
-    layers = describe(choices, runs)
-    network = PackedNetwork(body, layers, notes, Signature.of(example), spec, layout)
-    _verify(network, plain, example)
-    return network
+    return PackedNetwork(body, describe(choices, runs), notes, Signature.of(example), spec, layout)
+
+
+def _faster(
+    sparse: PackedNetwork, dense: PackedNetwork, example: tuple[Tensor, ...]
+) -> PackedNetwork:
+    """The sparse network, unless the dense one, in the layout that suits it, clearly beats it."""
+    inputs = tuple(tensor.clone() for tensor in example)
+    calls = [lambda: sparse(*inputs), lambda: dense(*inputs)]
+    sparse_s, dense_s = interleaved(calls, WHOLE_SECONDS, WHOLE_ROUNDS)
+    if dense_s > CLEARLY * sparse_s:
+        return sparse
+    times = f"{dense_s * 1e3:.3f} ms, with sparse kernels {sparse_s * 1e3:.3f}"
+    dense.whole = f"dense takes {times}"
+    return dense
 
 
 def _placements(choices: dict[Node, Choice], runs: list[Run]) -> list[Placement]:

@@ -48,6 +48,7 @@ def save(network: PackedNetwork, folder: Path | str) -> None:
         "signature": _signature_json(signature),
         "outputs": None if spec is None else treespec_dumps(spec),
         "layout": network.layout,
+        "whole": network.whole,
         "layers": [asdict(layer) for layer in network.layers],
         "notes": list(network.notes),
         "nodes": [_node_json(node) for node in body.graph.nodes],
@@ -83,6 +84,7 @@ def load(folder: Path | str) -> PackedNetwork:
         _signature(content["signature"]),
         None if spec is None else treespec_loads(spec),
         content["layout"],
+        content["whole"],
     )
 
 

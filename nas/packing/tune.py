@@ -64,6 +64,11 @@ def choose(layer: Layer, x: Tensor, sparse: bool) -> Choice:
     return Choice(layer, tuple(x.shape), fastest, us, dense_us, candidate, sparse_us)
 
 
+def as_dense(choice: Choice) -> Choice:
+    """`choice` with the dense kernel instead."""
+    return replace(choice, kernel=dense_kernel(choice.layer), us=choice.dense_us)
+
+
 def time_us(candidates: list[Kernel], x: Tensor) -> list[float]:
     """Median microseconds of each candidate on `x`, timed turn by turn."""
     calls = [lambda kernel=kernel: kernel(x) for kernel in candidates]

@@ -123,7 +123,8 @@ def test_the_batch_of_the_example_is_the_one_measured() -> None:
     assert [layer.input_shape for layer in packed.layers] == [(1, 33), (1, 65), (1, 31)]
 
 
-def test_explain_shows_every_layer_with_its_kernel() -> None:
+def test_explain_shows_every_layer_with_its_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    prefer_sparse(monkeypatch)
     packed = pack(masked(Mlp()), torch.randn(4, 33))
     head, *rows = packed.explain().splitlines()
     assert head.split()[:3] == ["layer", "weight", "input"]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import logging
 
 import pytest
@@ -85,6 +86,20 @@ def test_a_layer_without_zeros_stays_dense(monkeypatch: pytest.MonkeyPatch) -> N
     prefer_sparse(monkeypatch)
     packed = pack(nn.Sequential(nn.Linear(16, 16), masked(nn.Linear(16, 16))), torch.randn(2, 16))
     assert [layer.kernel == "dense" for layer in packed.layers] == [True, False]
+
+
+def test_a_network_that_is_faster_dense_as_a_whole_is_dense(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    prefer_sparse(monkeypatch)
+    home = importlib.import_module("nas.packing.pack")
+    monkeypatch.setattr(home, "interleaved", lambda *_: [0.002, 0.001])
+    module = masked(ResNet())
+    packed = pack(module, torch.randn(2, 3, 8, 8))
+    assert kernels_of(packed) == {"dense"}
+    assert packed.whole == "dense takes 1.000 ms, with sparse kernels 2.000"
+    assert packed.explain().endswith(packed.whole)
+    assert_same(packed, module, (3, 8, 8))
 
 
 def test_a_wrong_kernel_is_never_chosen(monkeypatch: pytest.MonkeyPatch) -> None:

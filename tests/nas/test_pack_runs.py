@@ -183,3 +183,18 @@ def test_a_network_whose_views_need_it_stays_contiguous() -> None:
     packed = pack(module, torch.randn(2, 3, 6, 6), kernels="dense")
     assert (packed.layout, packed.notes) == ("contiguous", ())
     assert_same(packed, module, (3, 6, 6))
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_a_pooling_among_sparse_layers_takes_the_layout_that_pays(
+    pays: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefer_sparse(monkeypatch)
+    times = [2.0, 1.0] if pays else [1.0, 2.0]
+    monkeypatch.setattr("nas.packing.layout.interleaved", lambda *_: times)
+    pools = [nn.MaxPool2d(3, 1, 1), nn.AvgPool2d(2, ceil_mode=True), nn.AdaptiveAvgPool2d(2)]
+    module = masked(nn.Sequential(nn.Conv2d(3, 8, 3), *pools, nn.Conv2d(8, 4, 1)))
+    packed = pack(module, torch.randn(2, 3, 9, 9))
+    assert calls(packed).count(torch.ops.aten.contiguous.default) == (6 if pays else 0)
+    assert packed.layout == "contiguous"
+    assert_same(packed, module, (3, 9, 9))

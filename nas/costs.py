@@ -131,12 +131,9 @@ class Latency:
         packed = pack(network.to(self.device), example, threads=self.threads)
         dense = pack(twin.to(self.device), example, kernels="dense", threads=self.threads)
         timing = measure(packed, dense, example, threads=self.threads)
-        return {
-            "value": timing.median_ms,
-            "kind": "measured",
-            "batch": self.batch,
-            **asdict(timing),
-        }
+        found = {"value": timing.median_ms, "kind": "measured", "batch": self.batch}
+        layers = {layer.layer: layer.us / 1e3 for layer in packed.layers if layer.us is not None}
+        return {**found, **asdict(timing), "layers": layers}
 
 
 COSTS: dict[str, type] = {c.name: c for c in (Parameters, NonZeros, Flops, PeakMemory, Latency)}

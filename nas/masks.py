@@ -295,6 +295,18 @@ def _distinct(module: nn.Module) -> dict[str, _Place]:
     return {path: places[path] for path in first.values()}
 
 
+def pairs(module: nn.Module) -> list[tuple[SparseWeight, nn.Parameter]]:
+    """Each sparse weight once, with the Parameter behind it; one pass over the module."""
+    return [(place.sparse, place.original) for place in _distinct(module).values()]
+
+
+@torch.no_grad()
+def mask_by_magnitude(module: nn.Module) -> None:
+    """Recomputes every mask from the present magnitudes."""
+    for sparse, weight in pairs(module):
+        sparse.set_scores(weight.abs())
+
+
 def original(module: nn.Module, path: str) -> nn.Parameter:
     """The Parameter behind `path`, dense and unmasked."""
     place = _places(module).get(path)

@@ -17,7 +17,7 @@ from nas.choices import Choice, Decision, When
 from nas.expected import Expected
 from nas.graph import INPUT, Graph, Node, weight_path
 from nas.inside import find
-from nas.masks import Mixture, Plan, attach_all, original, sparse_weights
+from nas.masks import Mixture, Plan, attach_all, mask_by_magnitude
 from nas.modules import Zero
 from nas.operations import (
     Activation,
@@ -68,9 +68,7 @@ class Network(nn.Module):
             values[step.node.name] = step([values[i] for i in step.node.inputs], self.mixture)
         return values[self._output]
 
-    def _step(
-        self, node: Node, shapes: Mapping[str, Any], widths: Mapping[str, Choice]
-    ) -> _Step:
+    def _step(self, node: Node, shapes: Mapping[str, Any], widths: Mapping[str, Choice]) -> _Step:
         inputs, when = [shapes[i] for i in node.inputs], node.when
         built = [self._place(node, x, op, inputs) for x, op in node.candidates().items()]
         maybe = self._open.get(when.choice) if when is not None else None
@@ -198,19 +196,12 @@ def inherit(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: A key that is missing, or a tensor too small to be sliced.
     """
-    paths = [*dict(module.named_buffers()), *dict(module.named_parameters())]
-    names = [_plain(p) for p in paths if _plain(p)]
-    fits = {name: _slice(name, original_or_buffer(module, name), state) for name in names}
+    held = [*module.named_buffers(), *module.named_parameters()]
+    targets = {_plain(path): value for path, value in held if _plain(path)}
+    fits = {name: _slice(name, target, state) for name, target in targets.items()}
     for name, value in fits.items():
-        original_or_buffer(module, name).copy_(value)
-    for path, sparse in sparse_weights(module).items():
-        sparse.set_scores(original(module, path).abs())
-
-
-def original_or_buffer(module: nn.Module, name: str) -> Tensor:
-    """The dense Parameter behind a key, or the buffer of that name."""
-    buffers = dict(module.named_buffers())
-    return buffers[name] if name in buffers else original(module, name)
+        targets[name].copy_(value)
+    mask_by_magnitude(module)
 
 
 def _plain(path: str) -> str:

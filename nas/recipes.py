@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from nas.allocation import allocate
-from nas.masks import SparseWeight, original, sparse_weights
+from nas.masks import SparseWeight, pairs, sparse_weights
 from nas.sparsity import NM, Block, Channel, Dense, Sparsity, Unstructured, kept
 
 FreeRatio = Unstructured | Block | Channel
@@ -71,9 +71,9 @@ class Magnitude:
 
     def finish(self, module: nn.Module) -> None:
         """Prunes what a short training left above its target; other masks stay."""
-        for path, weight in sparse_weights(module).items():
+        for weight, dense in pairs(module):
             if not _at_target(weight):
-                weight.set_scores(original(module, path).detach().abs())
+                weight.set_scores(dense.detach().abs())
 
     def _level(self, step: int, last: int) -> float:
         """How far the schedule is, in [0, 1], in stairs of about `every`."""
@@ -141,8 +141,8 @@ class LearnedScores:
 
     def start(self, module: nn.Module, generator: torch.Generator) -> None:
         """Gives every sparse weight scores: make the optimiser after it."""
-        for path, weight in sparse_weights(module).items():
-            weight.learn(original(module, path))
+        for weight, dense in pairs(module):
+            weight.learn(dense)
 
     def step(self, module: nn.Module, step: int, last: int) -> None:
         """Changes nothing: the optimiser changes the scores."""
@@ -179,9 +179,8 @@ def to_json(recipe: Recipe) -> dict[str, Any]:
 @torch.no_grad()
 def _prune(module: nn.Module, progress: float) -> None:
     """Masks by magnitude at this part of each target ratio."""
-    for path, weight in sparse_weights(module).items():
-        at = [_towards(target, progress) for target in weight.sparsities]
-        weight.set_scores(original(module, path).abs(), at)
+    for weight, dense in pairs(module):
+        weight.set_scores(dense.abs(), [_towards(t, progress) for t in weight.sparsities])
 
 
 def _towards(target: Sparsity, progress: float) -> Sparsity:

@@ -96,8 +96,8 @@ def _alarm(limit_s: float | None) -> Iterator[None]:
         raise TimeLimit(f"passed its time limit of {limit_s:g} s")
 
     before = signal.signal(signal.SIGALRM, over)
-    signal.setitimer(signal.ITIMER_REAL, limit_s, 1.0)
     try:
+        signal.setitimer(signal.ITIMER_REAL, limit_s, 1.0)
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -14,6 +14,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ def timed_steps(space: Space, task: Task, batch: int, device: str) -> dict[str, 
     return {"batch": batch, "step_ms": step_ms, "images_per_s": rate, "peak_gib": _peak(device)}
 
 
-def go_on(*_: Any) -> bool:
+def go_on(step: int, metrics: Mapping[str, float]) -> bool:
     """Answer every report."""
     return True
 
@@ -98,7 +99,7 @@ def go_on(*_: Any) -> bool:
 def whole_round(space: Space, task: Task, given: argparse.Namespace) -> dict[str, Any]:
     """Search for one closed trial and say what became of it."""
     strategy = Darts(search_epochs=given.search_epochs, batch_size=given.batch_size)
-    costs = [Parameters(), NonZeros(), Flops()]
+    costs = (Parameters(), NonZeros(), Flops())
     evaluate = Evaluate(task, costs=costs, device=given.device)
     _reset_peak(given.device)
     with tempfile.TemporaryDirectory() as temporary:

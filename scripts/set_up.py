@@ -30,7 +30,7 @@ def main(folder: Path, torch: str) -> None:
     if not has_torch(python):
         run(str(python), "-m", "pip", "install", "--quiet", torch)
     run(str(python), "-m", "pip", "install", "--quiet", "--editable", ".[test]")
-    run(str(python), "-m", "kernels.native.build")
+    run(str(python), "kernels/native/build.py")
 
 
 def has_torch(python: Path) -> bool:

@@ -37,16 +37,26 @@ CONVOLUTIONS = ("sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5")
 
 
 class CellSpace(GraphSpace):
-    """A graph space that can show its cells on their own."""
+    """A graph space that can show its cells on their own.
+
+    Attributes:
+        nodes: Intermediate nodes of a cell.
+        places: Numbers of the cells of each kind.
+    """
 
     nodes: int = 4
+    places: Mapping[str, list[int]]
 
     def cells(self, picks: Mapping[str, Pick]) -> dict[str, nx.DiGraph[str]]:
         """The normal and the reduction cell; edges carry `label`, `sparsity` and `path`.
 
-        `path` is the part of a weight's key that all cells of the kind have in common.
+        `path` names the edge's nodes in all cells of the kind.
         """
-        return {kind: _drawn_cell(kind, self.nodes, picks) for kind in KINDS}
+        return {
+            kind: _drawn_cell(kind, self.nodes, picks, places)
+            for kind, places in self.places.items()
+            if places
+        }
 
 
 def cell(
@@ -86,7 +96,7 @@ def cell(
         "sparsities": list(sparsities),
     }
     made = CellSpace(space, origin=Origin("search_spaces.cell:cell", arguments))
-    made.nodes = nodes
+    made.nodes, made.places = nodes, build.places
     return made
 
 
@@ -98,6 +108,7 @@ class _Builder:
     ) -> None:
         self.graph, self.channels, self.nodes = Graph(input_shape), channels, nodes
         self.levels = [parse(label) for label in sparsities]
+        self.places: dict[str, list[int]] = {kind: [] for kind in KINDS}
 
     def sparsity(self, place: str) -> Choice:
         return Choice(f"{place}/sparsity", self.levels)
@@ -121,6 +132,7 @@ class _Builder:
 
     def cell(self, i: int, before: str, last: str, width: int, reduce: bool, reduced: bool) -> str:
         kind = KINDS[reduce]
+        self.places[kind].append(i)
         states = [
             self.preprocess(i, kind, 0, before, width, halve=reduced),
             self.preprocess(i, kind, 1, last, width, halve=False),
@@ -187,7 +199,9 @@ def _separable(width: int, kernel: int, stride: int, sparsity: Choice) -> Chain:
     return Chain((("first", first), ("second", _dilated(width, kernel, 1, sparsity, dilation=1))))
 
 
-def _drawn_cell(kind: str, nodes: int, picks: Mapping[str, Pick]) -> nx.DiGraph[str]:
+def _drawn_cell(
+    kind: str, nodes: int, picks: Mapping[str, Pick], places: Sequence[int]
+) -> nx.DiGraph[str]:
     names = {0: "c_{k-2}", 1: "c_{k-1}"} | {i: str(i - 2) for i in range(2, nodes + 2)}
     drawn: nx.DiGraph[str] = nx.DiGraph()
     drawn.add_nodes_from([*names.values(), "c_{k}"])
@@ -196,7 +210,7 @@ def _drawn_cell(kind: str, nodes: int, picks: Mapping[str, Pick]) -> nx.DiGraph[
         for j in held:
             place = f"{kind}/{j}-{node}"
             label, sparsity = (picks.get(f"{place}/{x}") for x in ("op", "sparsity"))
-            path = f"{j}-{node}"
+            path = tuple(f"cells/{i}/{j}-{node}" for i in places)
             drawn.add_edge(names[j], names[node], label=label, sparsity=sparsity, path=path)
         drawn.add_edge(names[node], "c_{k}", label="", sparsity=None, path="")
     return drawn

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nas.masks import original, sparse_weights
+from nas.masks import mask_by_magnitude
 from nas.tasks import Task
 from nas.trial import Report
 
@@ -67,7 +67,7 @@ class _Round:
             self.whole = float(self.network.expected_cost(self.network.mixture, self.how.cost))
         metrics: dict[str, float] = {}
         for epoch in range(self.budget):
-            self._remask()
+            mask_by_magnitude(self.network)
             self._epoch(epoch)
             metrics = self._judged()
             if not report(epoch + 1, metrics):
@@ -94,10 +94,6 @@ class _Round:
         sample = SAMPLERS[self.how.sampler]
         for name, logits in self.logits.items():
             self.network.mixture[name] = sample(logits)
-
-    def _remask(self) -> None:
-        for path, sparse in sparse_weights(self.network).items():
-            sparse.set_scores(original(self.network, path).abs())
 
     def _epoch(self, epoch: int) -> None:
         self.network.train()

@@ -82,7 +82,7 @@ def _descend(
         network.train()
         for x, y in task.batches("train", 64, torch.Generator().manual_seed(epoch)):
             optimizer.zero_grad()
-            task.loss(network(x), y).backward()
+            torch.autograd.backward(task.loss(network(x), y))
             optimizer.step()
         report(epoch + 1, task.evaluate(network))
     return task.evaluate(network)

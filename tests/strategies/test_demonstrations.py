@@ -59,7 +59,7 @@ def test_subsets_have_weights_of_their_own_that_choose_the_edges(
     strongest = sorted(subset.items, key=lambda x: -mixture[subset.name][subset.items.index(x)])
     assert sum(mixture[subset.name]) == pytest.approx(1, abs=1e-5)
     assert len(set(mixture[subset.name])) == 3
-    assert run.records[1].trial.picks[subset.name] == sorted(strongest[:2])  # type: ignore[type-var]
+    assert run.records[1].trial.picks[subset.name] == sorted(strongest[:2])
     assert run.records[1].result.status == "ok"
 
 

@@ -8,7 +8,7 @@ import shutil
 import sys
 from io import StringIO
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 from nas.callbacks import Callback
 from nas.run import Point, Run
@@ -125,8 +125,8 @@ def pareto_table(run: Run) -> str:
 
 def _cells(run: Run, point: Point) -> dict[str, str]:
     """Text by column of one point of the front."""
-    known: list[Any] = [*run.problem.objectives, *run.evaluate.metrics, *run.evaluate.costs]
-    names = [name for name in dict.fromkeys(m.name for m in known) if name in point.metrics]
+    asked = [*(o.name for o in run.problem.objectives), *run.problem.limits, "nonzeros"]
+    names = [name for name in dict.fromkeys(asked) if name in point.metrics]
     return {
         "trial": str(point.number),
         "architecture": run.problem.space.architecture(point.picks).id,
@@ -163,7 +163,7 @@ def _measured(run: Run, point: Point) -> dict[str, str]:
     for name, found in point.record.result.details.items():
         twin = found.get("twin_median_ms")
         if twin is not None:
-            cells[f"dense twin {titled(run, name)}"] = number(twin)
+            cells[f"twin {titled(run, name)}"] = number(twin)
             cells["speed-up"] = f"{twin / found['median_ms']:.2f}x"
             cells["steady"] = "yes" if found["reliable"] else "no"
     return cells

@@ -209,8 +209,8 @@ class _Loop:
     def run_all(self) -> None:
         """Search until the strategy ends, the trials are used up, or Ctrl-C."""
         run = self.run
-        self.executor.start(run.problem.space, run.evaluate, self.strategy.seed)
         try:
+            self.executor.start(run.problem.space, run.evaluate, self.strategy.seed)
             self._fill()
             while self.out:
                 self._finish(*self.executor.next(self._report))

@@ -1,8 +1,7 @@
 """Masks on tensors: whoever reads `.weight` of a layer reads the masked, or the mixed, weight.
 
-One mechanism for every sparse weight: a `torch.nn.utils.parametrize` parametrization. It never
-touches a layer's `forward`, so fused paths (`nn.MultiheadAttention`, `nn.TransformerEncoderLayer`)
-and models that read `self.fc.weight` themselves are masked too.
+One mechanism: a `torch.nn.utils.parametrize` parametrization, never a layer's `forward`, so that
+fused paths (`nn.TransformerEncoderLayer`) and models that read `self.fc.weight` are masked too.
 """
 
 from __future__ import annotations
@@ -296,7 +295,7 @@ def _distinct(module: nn.Module) -> dict[str, _Place]:
 
 
 def pairs(module: nn.Module) -> list[tuple[SparseWeight, nn.Parameter]]:
-    """Each sparse weight once, with the Parameter behind it; one pass over the module."""
+    """Each sparse weight once, with the Parameter behind it."""
     return [(place.sparse, place.original) for place in _distinct(module).values()]
 
 

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from nas import Evaluate, Flops, NonZeros, Parameters, search
+from nas import Evaluate, Flops, NonZeros, Parameters, Training, search
 from nas.provenance import provenance
 from nas.run import Record
 from nas.space import Space
@@ -44,7 +44,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     p.add_argument("--cells", type=int, default=8)
     p.add_argument("--channels", type=int, default=16)
-    p.add_argument("--batches", type=int, nargs="+", default=[64, 256], help="timed alone")
+    p.add_argument("--batches", type=int, nargs="*", default=[64, 256], help="timed alone")
     p.add_argument("--batch-size", type=int, default=256, help="of the round")
     p.add_argument("--search-epochs", type=int, default=2)
     p.add_argument("--epochs", type=int, default=6, help="of the derived network")
@@ -100,7 +100,8 @@ def whole_round(space: Space, task: Task, given: argparse.Namespace) -> dict[str
     """Search for one closed trial and say what became of it."""
     strategy = Darts(search_epochs=given.search_epochs, batch_size=given.batch_size)
     costs = (Parameters(), NonZeros(), Flops())
-    evaluate = Evaluate(task, costs=costs, device=given.device)
+    training = Training(given.batch_size)
+    evaluate = Evaluate(task, costs=costs, training=training, device=given.device)
     _reset_peak(given.device)
     with tempfile.TemporaryDirectory() as temporary:
         out = given.out or Path(temporary) / "run"

@@ -339,7 +339,13 @@ def run(arguments: dict[str, Any], space: Space, strategy: Strategy) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     evaluate = make_evaluate(arguments)
     if arguments.get("dry_run"):
-        return dry_run(arguments, space, evaluate)
+        from nas.dry_run import dry_run
+
+        print(f"space {arguments['space']}: {space.size():,} architectures")
+        plan = (arguments["trials"], arguments["epochs"], arguments["workers"])
+        for line in dry_run(space, evaluate, arguments["seed"], *plan):
+            print(line, flush=True)
+        return 0
     from nas.console import Progress, pareto_table
     from nas.loop import search
     from nas.tensorboard import TensorBoard
@@ -376,31 +382,6 @@ def finished(done: Run) -> int:
         print(f"interrupted; go on with: python scripts/search.py --resume {done.folder}")
         return 130
     return 0 if done.usable() else 1
-
-
-def dry_run(arguments: dict[str, Any], space: Space, evaluate: Evaluate) -> int:
-    """Print the space's size, cheap costs at both ends, and what a search would take."""
-    import numpy as np
-
-    from nas.trial import Trial
-    from nas.worker import run_trial
-
-    print(f"space {arguments['space']}: {space.size():,} architectures")
-    for name, picks in (("smallest", space.smallest()), ("largest", space.largest())):
-        found = evaluate.analytic(space, picks)
-        print(f"  {name}: " + ", ".join(f"{k} {v:,.0f}" for k, v in found.items()))
-    picks, begun = space.sample(np.random.default_rng([arguments["seed"], 0])), time.perf_counter()
-    outcome = run_trial(
-        evaluate, space, Trial(0, picks, arguments["epochs"]), arguments["seed"], lambda *_: True
-    )
-    if outcome.state is None:
-        print(f"the trial failed: {outcome.error}")
-        return 1
-    evaluate.measure(space, picks, outcome.state)
-    each = time.perf_counter() - begun
-    total = each * arguments["trials"] / arguments["workers"]
-    print(f"one trial: {each:.1f} s; {arguments['trials']} trials: about {total / 60:.1f} min")
-    return 0
 
 
 if __name__ == "__main__":

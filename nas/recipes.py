@@ -50,7 +50,7 @@ class Magnitude:
 
     begin: float = 0.0
     end: float = 0.75
-    every: float = 0.01
+    every: float = 0.05
 
     def __post_init__(self) -> None:
         if not 0 <= self.begin < self.end <= 1 or not 0 < self.every <= 1:

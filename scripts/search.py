@@ -48,8 +48,8 @@ DEFAULTS = {
     "space": "mlp",
     "strategy": "evolution",
     "task": "digits",
-    "trials": 24,
-    "epochs": 20,
+    "trials": 16,
+    "epochs": 6,
     "objectives": ["error", "latency_ms"],
     "limit": [],
     "seed": 0,
@@ -60,7 +60,7 @@ DEFAULTS = {
     "strategy_option": [],
     "recipe": "magnitude",
     "lr": 2e-3,
-    "batch_size": 64,
+    "batch_size": 128,
     "parent_epochs": 10,
     "data": None,
     "weights": None,
@@ -111,11 +111,11 @@ def parser() -> Parser:
     add("--strategy-option", action="append", metavar="NAME=VALUE", help="such as population=10")
     add("--objectives", nargs="+", metavar="NAME", help="metrics and costs (error latency_ms)")
     add("--limit", action="append", metavar="COST=VALUE", help="such as latency_ms=2; repeatable")
-    add("--trials", type=int, metavar="N", help="networks to train (24)")
-    add("--epochs", type=int, metavar="N", help="epochs of each (20)")
+    add("--trials", type=int, metavar="N", help="networks to train (16)")
+    add("--epochs", type=int, metavar="N", help="epochs of each (6)")
     add("--recipe", choices=RECIPES, help="how masks come to be (magnitude)")
     add("--lr", type=float, metavar="RATE", help="learning rate (0.002)")
-    add("--batch-size", type=int, metavar="N", help="samples in a step (64)")
+    add("--batch-size", type=int, metavar="N", help="samples in a step (128)")
     add("--seed", type=int, metavar="N", help="of everything (0)")
     where = p.add_argument_group("where to run")
     add = where.add_argument

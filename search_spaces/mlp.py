@@ -14,9 +14,9 @@ from nas.sparsity import parse
 def mlp(
     input_shape: Sequence[int],
     outputs: int,
-    depths: Sequence[int] = (1, 2, 3),
-    widths: Sequence[int] = (256, 512, 1024),
-    sparsities: Sequence[str] = ("dense", "0.8", "0.9", "0.95"),
+    depths: Sequence[int] = (3, 4),
+    widths: Sequence[int] = (1536, 2048),
+    sparsities: Sequence[str] = ("dense", "0.5", "0.8", "0.9"),
 ) -> GraphSpace:
     """Hidden layers of SparseLinear and ReLU, then a dense classifier.
 

@@ -143,7 +143,8 @@ def describe(run: Run, strategy: Strategy) -> dict[str, Any]:
 
 
 def _named(value: Any) -> dict[str, Any]:
-    return {"name": getattr(value, "name", type(value).__name__), **asdict(value)}
+    held = vars(value) if hasattr(value, "__dict__") else {}
+    return {"name": getattr(value, "name", type(value).__name__), **held}
 
 
 class _Loop:

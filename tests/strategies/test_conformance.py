@@ -127,3 +127,13 @@ def test_random_search_ends_when_the_space_is_used_up() -> None:
     space = mlp((4,), 2, depths=(1,), widths=(4, 8), sparsities=("dense", "0.5"))
     asked = drive(RandomSearch(0), replace(problem(), space=space, trials=100))
     assert len(asked) == space.size() == 4
+
+
+@pytest.mark.parametrize("objectives", [OBJECTIVES, OBJECTIVES[:1]])
+def test_the_gaussian_process_searches_a_space_without_conditions(
+    objectives: tuple[Objective, ...],
+) -> None:
+    space = mlp((4,), 2, depths=(1,), widths=(4, 8, 16), sparsities=("dense", "0.5", "0.8"))
+    plain = replace(problem(), space=space, trials=12, objectives=objectives)
+    first, again = (described(drive(OptunaSearch(0, "gp"), plain)) for _ in range(2))
+    assert len(first) == 12 and first == again

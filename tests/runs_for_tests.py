@@ -23,7 +23,7 @@ from strategies.random_search import RandomSearch
 
 
 def small_space() -> GraphSpace:
-    return mlp((1, 8, 8), 10, widths=(16, 32))
+    return mlp((1, 8, 8), 10, depths=(1, 2, 3), widths=(16, 32))
 
 
 def small_run(

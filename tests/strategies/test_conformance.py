@@ -52,7 +52,6 @@ def test_replaying_the_log_leads_to_the_same_next_trials(make: Make, in_flight: 
     whole: list[tuple[str, Trial, Result | None]] = []
     strategy = _listening(make(5), whole)
     drive(strategy, problem(), in_flight)
-    half = len(whole) // 2
     again = make(5)
     again.start(problem())
     for kind, trial, result in whole:
@@ -61,7 +60,7 @@ def test_replaying_the_log_leads_to_the_same_next_trials(make: Make, in_flight: 
             assert asked is not None and asked.to_json() == trial.to_json()
         elif result is not None:
             again.tell(trial, result)
-    assert half > 0
+    assert [kind for kind, _, _ in whole].count("ask") >= 2
 
 
 def _listening(strategy: Strategy, into: list[tuple[str, Trial, Result | None]]) -> Strategy:

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from nas import Evaluate, Flops, NonZeros, search
-from nas.front import kendall_tau
 from nas.tasks import digits
 from nas.trial import Objective, Problem
 from search_spaces.cell import cell
@@ -58,9 +57,8 @@ def test_rounds_give_closed_trials_and_a_ranking_by_the_supernet(tmp_path: Path)
     ranked = run.records[last]
     assert len(closed) == 3 and isinstance(ranked.trial.fit, Rank)
     judged = [ranked.result.metrics[f"supernet_error/{n}"] for n in closed]
-    trained = [run.records[n].result.metrics["error"] for n in closed]
-    assert all(0 <= e <= 1 for e in judged)
-    assert np.isnan(kendall_tau(judged, trained)) or -1 <= kendall_tau(judged, trained) <= 1
+    assert ranked.trial.parent == max(n for n in run.records if n not in closed and n != last)
+    assert min(judged) < 0.9  # chance, of ten classes
     penalties = [
         r.trial.fit.penalty for r in run.records.values() if isinstance(r.trial.fit, Bilevel)
     ]

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-TASKS = ("digits", "fashion-mnist", "cifar10")
+# The shape (C, H, W) of a named task's images.
+TASKS = {"digits": (1, 8, 8), "fashion-mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
 
 _CIFAR_BATCHES = (*(f"data_batch_{batch}" for batch in range(1, 6)), "test_batch")
 _CIFAR_BIN = tuple(f"{batch}.bin" for batch in _CIFAR_BATCHES)

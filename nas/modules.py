@@ -57,3 +57,17 @@ class FactorizedReduce(nn.Module):
         x = torch.relu(x)
         moved = nn.functional.pad(x, (0, 1, 0, 1))[:, :, 1:, 1:]
         return self.norm(torch.cat([self.left(x), self.right(moved)], 1))
+
+
+class PaddedShortcut(nn.Module):
+    """Strided slices with `more` channels of zeros around them."""
+
+    def __init__(self, more: int, stride: int) -> None:
+        super().__init__()
+        self.more, self.stride = more, stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, C + more, ceil(H / stride), ceil(W / stride))."""
+        x = x[:, :, :: self.stride, :: self.stride]
+        before = self.more // 2
+        return nn.functional.pad(x, (0, 0, 0, 0, before, self.more - before))

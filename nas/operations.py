@@ -351,6 +351,25 @@ class FactorizedReduce(Operation):
         return modules.FactorizedReduce(left, right, BatchNorm().module(self.shape(*inputs)))
 
 
+@dataclass(frozen=True)
+class PaddedShortcut(Operation):
+    """Every stride-th position, new channels zero on both sides (1512.03385, option A)."""
+
+    out: int
+    stride: int = 2
+
+    def shape(self, *inputs: Shape) -> Shape:
+        channels, *space = inputs[0]
+        if channels > self.out:
+            raise ValueError(f"PaddedShortcut: {channels} channels do not fit into {self.out}")
+        return (self.out, *(-(-s // self.stride) for s in space))
+
+    def module(self, *inputs: Shape) -> nn.Module:
+        from nas import modules
+
+        return modules.PaddedShortcut(self.out - inputs[0][0], self.stride)
+
+
 def widest(out: int | Choice) -> int:
     """The largest of the options: what a supernet is built with, and what settles shapes."""
     return max(map(int, out.labels)) if isinstance(out, Choice) else out

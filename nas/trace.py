@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from nas.attention import slow_attention
 from nas.space import Activations
 
 
@@ -44,7 +45,7 @@ def trace(module: nn.Module, example: Tensor) -> Trace:
     names = {p.untyped_storage().data_ptr(): name for name, p in parameters.items()}
     products, batch = _Products(names), len(example)
     sizes = [example[0].numel()]
-    with _leaf_outputs(module, sizes, batch), _slow_attention(), torch.no_grad(), products:
+    with _leaf_outputs(module, sizes, batch), slow_attention(), torch.no_grad(), products:
         module(example)
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
     positions = {
@@ -93,19 +94,8 @@ def _leaf_outputs(module: nn.Module, sizes: list[int], batch: int) -> Iterator[N
             handle.remove()
 
 
-@contextmanager
-def _slow_attention() -> Iterator[None]:
-    """Without the fused path of attention, whose products are hidden."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
 def _exported_activations(module: nn.Module, example: Tensor) -> Activations:
-    with torch.no_grad(), _slow_attention():
+    with torch.no_grad(), slow_attention():
         graph = torch.export.export(module, (example,), strict=False).graph
     weights = {n for n in graph.nodes if n.op == "placeholder"} - {_user_input(graph)}
     nodes = [n for n in graph.nodes if n not in weights and n.op != "output"]

@@ -32,7 +32,7 @@ from nas.latency import measure
 from nas.packing import PackedNetwork
 from nas.provenance import provenance
 from nas.run import Point
-from search_spaces.sparsified import ResNet
+from search_spaces.sparsified import resnet
 from strategies.random_search import RandomSearch
 
 WEIGHTS = "resnet20_cifar10.safetensors"
@@ -129,11 +129,12 @@ def main() -> None:
 
 def resnet20(data: Path) -> Case:
     """The trained ResNet-20; its validation images were among those it was first trained on."""
-    model = ResNet(3, 10, depth=20)
+    described = resnet((3, 32, 32), 10, depth=20)
+    model = described.build(described.largest(), masked=False)
     missing, unexpected = model.load_state_dict(load_file(data / WEIGHTS), strict=False)
     wrong = [name for name in missing if not name.endswith("num_batches_tracked")] + unexpected
     if wrong:
-        raise ValueError(f"{WEIGHTS}: does not fit ResNet(3, 10, depth=20): {wrong}")
+        raise ValueError(f"{WEIGHTS}: does not fit a ResNet-20: {wrong}")
     train, test = read_cifar10(data)
     return Case(
         "resnet20",

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from nas import Evaluate, Flops, NonZeros, Parameters, Training, search
+from nas.data import TASKS
 from nas.provenance import provenance
 from nas.run import Record
 from nas.space import Space
@@ -32,14 +33,13 @@ from search_spaces.cell import cell
 from strategies.bilevel import Bilevel
 from strategies.darts import Darts
 
-SHAPES = {"digits": (1, 8, 8), "fashion-mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
 STEPS = 12
 
 
 def arguments() -> argparse.Namespace:
     """The options."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    p.add_argument("--task", choices=SHAPES, default="cifar10")
+    p.add_argument("--task", choices=TASKS, default="cifar10")
     p.add_argument("--data", type=Path)
     p.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     p.add_argument("--cells", type=int, default=8)
@@ -57,7 +57,7 @@ def main() -> None:
     """Time steps, run a round, print and write what was seen."""
     given = arguments()
     task = load_task(given.task, given.data)
-    space = cell(SHAPES[given.task], task.outputs, given.cells, given.channels)
+    space = cell(TASKS[given.task], task.outputs, given.cells, given.channels)
     found: dict[str, Any] = {
         "machine": provenance(given.device),
         "space": {"cells": given.cells, "channels": given.channels, "task": given.task},

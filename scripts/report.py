@@ -88,7 +88,7 @@ def _sparsified(folder: Path) -> Space | None:
     from scripts.search import make_space
 
     weights = arguments["weights"] or folder / "parent.safetensors"
-    return make_space(arguments, load_file(weights))
+    return make_space(arguments, weights=load_file(weights))
 
 
 if __name__ == "__main__":

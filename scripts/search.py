@@ -32,12 +32,12 @@ if TYPE_CHECKING:
     from nas.space import Space
     from nas.trial import Strategy
 
-SHAPES = {"digits": (1, 8, 8), "fashion-mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
 SPACES = {
     "mlp": "search_spaces.mlp:mlp",
     "cell": "search_spaces.cell:cell",
     "sparsify": "search_spaces.sparsified:sparsified",
 }
+WITHOUT_TORCH = {**SPACES, "sparsify": "search_spaces.sparsified:resnet"}
 STRATEGIES = {
     "random": "strategies.random_search:RandomSearch",
     "evolution": "strategies.evolution:Evolution",
@@ -68,17 +68,7 @@ DEFAULTS = {
     "time_limit": None,
 }
 RECIPES = ("magnitude", "one_shot", "random", "learned_scores")
-FREE = (
-    "trials",
-    "executor",
-    "workers",
-    "ray_address",
-    "data",
-    "out",
-    "resume",
-    "dry_run",
-    "limit",
-)
+FREE = "trials executor workers ray_address data out resume dry_run limit".split()
 
 
 class Parser(argparse.ArgumentParser):
@@ -135,10 +125,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         arguments = settings(vars(parser().parse_args(argv)))
         check_options(arguments)
-        strategy, space = make_strategy(arguments), make_space(arguments)
+        strategy, space = make_strategy(arguments), make_space(arguments, WITHOUT_TORCH)
         check(arguments, space, strategy)
         if arguments["space"] == "sparsify":
-            space = make_space(arguments, parent(arguments, space))
+            space = make_space(arguments, weights=parent(arguments, space))
+        check_resumed(arguments, space)
         return run(arguments, space, strategy)
     except (ValueError, OSError) as error:
         print(f"search.py: {' '.join(str(error).split())}", file=sys.stderr)
@@ -175,15 +166,17 @@ def _described(folder: Path) -> dict[str, Any]:
     return described
 
 
-def make_space(arguments: dict[str, Any], weights: Any = None) -> Space:
+def make_space(
+    arguments: dict[str, Any], spaces: dict[str, str] = SPACES, weights: Any = None
+) -> Space:
     """The space, for the task's inputs and outputs; `weights` are those to sparsify."""
     options = pairs(arguments["space_option"])
-    make = _imported(SPACES[arguments["space"]])
+    make = _imported(spaces[arguments["space"]])
     known = list(make.__code__.co_varnames[: make.__code__.co_argcount])[2:]
     _check_known("--space-option", options, [n for n in known if n != "weights"])
     if weights is not None:
         options["weights"] = weights
-    return make(SHAPES[arguments["task"]], 10, **options)
+    return make(TASKS[arguments["task"]], 10, **options)
 
 
 def make_strategy(arguments: dict[str, Any]) -> Strategy:
@@ -267,12 +260,18 @@ def check(arguments: dict[str, Any], space: Space, strategy: Strategy) -> None:
     )
     strategy.start(problem)
     out = arguments["out"]
+    if "resume" not in arguments and (out / "run.json").exists():
+        raise ValueError(f"{out}: holds a run already; --resume it, or choose another folder")
+
+
+def check_resumed(arguments: dict[str, Any], space: Space) -> None:
+    """Raise ValueError for a resumed run whose space is another by now."""
     if "resume" in arguments:
         before = _described(arguments["resume"])["space"]["fingerprint"]
         if before != space.fingerprint:
-            raise ValueError(f"{out}: a run of space {before}, this one is {space.fingerprint}")
-    elif (out / "run.json").exists():
-        raise ValueError(f"{out}: holds a run already; --resume it, or choose another folder")
+            raise ValueError(
+                f"{arguments['out']}: a run of space {before}, this one is {space.fingerprint}"
+            )
 
 
 def parent(arguments: dict[str, Any], space: Space) -> Any:
@@ -347,23 +346,28 @@ def run(arguments: dict[str, Any], space: Space, strategy: Strategy) -> int:
             print(line, flush=True)
         return 0
     from nas.console import Progress, pareto_table
+    from nas.executors import NoWorkers
     from nas.loop import search
     from nas.tensorboard import TensorBoard
 
-    done = search(
-        space,
-        strategy,
-        evaluate,
-        out=arguments["out"],
-        objectives=arguments["objectives"],
-        limits=limits(arguments),
-        trials=arguments["trials"],
-        epochs=arguments["epochs"],
-        executor=make_executor(arguments),
-        callbacks=[Progress(), TensorBoard()],
-        resume="resume" in arguments,
-        arguments=kept(arguments),
-    )
+    try:
+        done = search(
+            space,
+            strategy,
+            evaluate,
+            out=arguments["out"],
+            objectives=arguments["objectives"],
+            limits=limits(arguments),
+            trials=arguments["trials"],
+            epochs=arguments["epochs"],
+            executor=make_executor(arguments),
+            callbacks=[Progress(), TensorBoard()],
+            resume="resume" in arguments,
+            arguments=kept(arguments),
+        )
+    except NoWorkers as error:
+        print(f"search.py: {error}", file=sys.stderr)
+        return 1
     print(pareto_table(done))
     return finished(done)
 

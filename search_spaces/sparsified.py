@@ -1,60 +1,84 @@
-"""Sparsities of a ready-made residual network: what `sparsify` does for any module of your own."""
+"""Sparsities of a ready-made residual network: what `sparsify` does for any module of your own.
+
+The network is written down as a graph, so that its costs are known without torch.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
+from nas.choices import Choice
+from nas.graph import INPUT, Graph
+from nas.operations import (
+    Activation,
+    BatchNorm,
+    GlobalAveragePool,
+    PaddedShortcut,
+    SparseConv2d,
+    SparseLinear,
+    Sum,
+)
+from nas.space import GraphSpace, Origin
+from nas.sparsity import parse
 
-from nas.module_space import ModuleSpace, sparsify
-from nas.space import Origin
+if TYPE_CHECKING:
+    from torch import Tensor
 
+    from nas.module_space import ModuleSpace
 
-class Block(nn.Module):
-    """Two 3x3 convolutions and a shortcut without parameters (He et al. 1512.03385, option A)."""
-
-    def __init__(self, channels: int, out: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, out, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(out)
-        self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(out)
-        self.stride, self.more = stride, out - channels
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, channels, H, W) to (N, out, H / stride, W / stride)."""
-        y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
-        if self.stride > 1 or self.more:
-            x = x[:, :, :: self.stride, :: self.stride]
-            x = nn.functional.pad(x, (0, 0, 0, 0, self.more // 2, self.more - self.more // 2))
-        return torch.relu(x + y)
+LEVELS = ("dense", "0.5", "0.8", "0.9", "0.95")
 
 
-class ResNet(nn.Module):
-    """The residual network for small images: 6 n + 2 layers in three stages."""
+def resnet(
+    input_shape: Sequence[int],
+    outputs: int,
+    depth: int = 8,
+    width: int = 16,
+    sparsities: Sequence[str] = LEVELS,
+) -> GraphSpace:
+    """The residual network for small images (He et al. 1512.03385, shortcuts without parameters).
 
-    def __init__(self, channels: int, outputs: int, depth: int = 20, width: int = 16) -> None:
-        super().__init__()
-        if depth < 8 or (depth - 2) % 6:
-            raise ValueError(f"ResNet: depth must be 6 n + 2, at least 8, got {depth}")
-        n = (depth - 2) // 6
-        self.conv1 = nn.Conv2d(channels, width, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.layer1 = _stage(n, width, width, 1)
-        self.layer2 = _stage(n, width, 2 * width, 2)
-        self.layer3 = _stage(n, 2 * width, 4 * width, 2)
-        self.linear = nn.Linear(4 * width, outputs)
+    Args:
+        input_shape: (C, H, W) of one sample.
+        outputs: Classes.
+        depth: 6 n + 2: three stages of n blocks of two convolutions.
+        width: Channels of the first stage, doubled by the others.
+        sparsities: Labels of the sparsities of each weight.
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, channels, H, W) to (N, outputs)."""
-        x = torch.relu(self.bn1(self.conv1(x)))
-        return self.linear(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
+    Raises:
+        ValueError: Another depth, or a sparsity that a weight does not admit.
+    """
+    if depth < 8 or (depth - 2) % 6:
+        raise ValueError(f"resnet: depth must be 6 n + 2, at least 8, got {depth}")
+    levels = [parse(label) for label in sparsities]
 
+    def sparsity(name: str) -> Choice:
+        return Choice(f"{name}/weight/sparsity", levels)
 
-def _stage(n: int, channels: int, out: int, stride: int) -> nn.Sequential:
-    first = Block(channels, out, stride)
-    return nn.Sequential(first, *(Block(out, out, 1) for _ in range(n - 1)))
+    def convolution(name: str, before: str, out: int, stride: int = 1) -> str:
+        operation = SparseConv2d(out, 3, stride, sparsity=sparsity(name))
+        return graph.add(name, operation, before)
+
+    graph = Graph(input_shape)
+    last = convolution("conv1", INPUT, width)
+    last = graph.add("relu1", Activation(), graph.add("bn1", BatchNorm(), last))
+    for stage in (1, 2, 3):
+        out = width << (stage - 1)
+        for block in range((depth - 2) // 6):
+            place, stride = f"layer{stage}/{block}", 2 if stage > 1 and block == 0 else 1
+            inner = convolution(f"{place}/conv1", last, out, stride)
+            inner = graph.add(f"{place}/bn1", BatchNorm(), inner)
+            inner = graph.add(f"{place}/relu1", Activation(), inner)
+            inner = convolution(f"{place}/conv2", inner, out)
+            inner = graph.add(f"{place}/bn2", BatchNorm(), inner)
+            if stride > 1:
+                last = graph.add(f"{place}/shortcut", PaddedShortcut(out, stride), last)
+            last = graph.add(f"{place}/sum", Sum(), last, inner)
+            last = graph.add(f"{place}/relu2", Activation(), last)
+    last = graph.add("pool", GlobalAveragePool(), last)
+    graph.add("linear", SparseLinear(outputs, sparsity=sparsity("linear")), last)
+    return GraphSpace(graph)
 
 
 def sparsified(
@@ -62,10 +86,10 @@ def sparsified(
     outputs: int,
     depth: int = 8,
     width: int = 16,
-    sparsities: Sequence[str] = ("dense", "0.5", "0.8", "0.9", "0.95"),
+    sparsities: Sequence[str] = LEVELS,
     weights: Mapping[str, Tensor] | None = None,
 ) -> ModuleSpace:
-    """A space of the sparsities of a `ResNet`.
+    """A space of the sparsities of the trained module of a `resnet`.
 
     Args:
         input_shape: (C, H, W) of one sample.
@@ -75,8 +99,13 @@ def sparsified(
         sparsities: Labels of the options of each weight.
         weights: Trained ones to start from, by name.
     """
+    import torch
+
+    from nas.module_space import sparsify
+
     torch.manual_seed(0)
-    model = ResNet(input_shape[0], outputs, depth, width)
+    described = resnet(input_shape, outputs, depth, width, sparsities)
+    model = described.build(described.largest(), masked=False)
     if weights is not None:
         model.load_state_dict(dict(weights))
     space = sparsify(model, torch.zeros(2, *input_shape), sparsities)

@@ -14,6 +14,10 @@ from nas.trial import Trial
 OnReport = Callable[[Trial, int, Mapping[str, float]], bool]
 
 
+class NoWorkers(RuntimeError):
+    """No worker process could start."""
+
+
 class Executor(Protocol):
     """Trains trials, `workers` at a time."""
 

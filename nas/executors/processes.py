@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from nas.evaluate import Evaluate, Outcome
-from nas.executors import OnReport, packed
+from nas.executors import NoWorkers, OnReport, packed
 from nas.executors.cores import Cores, available, on, share_out
 from nas.space import Space
 from nas.store import State
@@ -58,7 +58,7 @@ class Processes:
 
         Raises:
             ValueError: Something cannot travel to a worker, or there are too few cores.
-            RuntimeError: A worker could not start.
+            NoWorkers: A worker could not start.
         """
         parts = packed(pickle.dumps, space=space, evaluate=evaluate, seed=seed)
         self._package = pickle.dumps(parts)
@@ -158,7 +158,7 @@ class _Worker:
         except (EOFError, OSError):
             problem = f'{self.end(patience_s=1.0)}; a script needs `if __name__ == "__main__":`'
         if problem:
-            raise RuntimeError(f"Processes: a worker could not start ({problem})")
+            raise NoWorkers(f"Processes: a worker could not start ({problem})")
 
     def take(self, trial: Trial, start: State | None, limit_s: float | None) -> None:
         """Begin a trial."""

@@ -22,7 +22,7 @@ import ray
 from ray import cloudpickle, tune
 
 from nas.evaluate import Evaluate, Outcome
-from nas.executors import OnReport, packed
+from nas.executors import NoWorkers, OnReport, packed
 from nas.executors.cores import on, share_out
 from nas.executors.ray_worker import Asker, Coroner, Desk, Event, Kit, Worker
 from nas.space import Space
@@ -103,7 +103,8 @@ class RayTune:
         """See `Executor.next`.
 
         Raises:
-            RuntimeError: Workers cannot start, or Ray Tune has ended.
+            NoWorkers: None could start.
+            RuntimeError: Ray Tune has ended.
         """
         while True:
             kind, number, *said = self._event()
@@ -197,7 +198,7 @@ class RayTune:
         if isinstance(found, bytes):
             return trial, cloudpickle.loads(found)
         if not self._proven:
-            raise RuntimeError(f"RayTune: no worker could start ({found})")
+            raise NoWorkers(f"RayTune: no worker could start ({found})")
         return trial, Outcome("failed", error=found)
 
     def _end(self, thread: threading.Thread) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nas.attention import slow_attention
 from nas.packing.layer import ConvArgs, Kernel, Layer
-from nas.packing.trace import slow_attention
 from nas.packing.tune import Choice, choose
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_leaves
 
+from nas.attention import slow_attention
 from nas.latency import interleaved, using_threads
 from nas.masks import bake
 from nas.packing.exchange import exchange
@@ -22,7 +23,7 @@ from nas.packing.lower import Placement, lower
 from nas.packing.network import PackedNetwork, Signature
 from nas.packing.report import describe, row
 from nas.packing.runs import Run, find_runs
-from nas.packing.trace import Trace, Untraceable, batch_of, batched, slow_attention, trace
+from nas.packing.trace import Trace, Untraceable, batch_of, batched, trace
 from nas.packing.tune import Choice, as_dense, choose
 
 log = logging.getLogger("nas")

@@ -14,6 +14,8 @@ from torch.fx import GraphModule
 from torch.fx.graph import CodeGen
 from torch.utils._pytree import TreeSpec
 
+from nas.attention import slow_attention
+
 _CHATTY = logging.getLogger("torch.fx.experimental.symbolic_shapes")
 
 
@@ -72,17 +74,6 @@ def at_least_two(example: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         torch.cat([tensor, tensor]) if carries else tensor
         for tensor, carries in zip(example, batched(example), strict=True)
     )
-
-
-@contextmanager
-def slow_attention() -> Iterator[None]:
-    """Keep `nn.MultiheadAttention` and `nn.TransformerEncoder` off their fused dense path."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _dynamic(example: tuple[Tensor, ...]) -> tuple[dict[int, torch.export.Dim] | None, ...]:

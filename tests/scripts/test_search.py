@@ -59,6 +59,7 @@ WRONG = {
     "unknown objective": ["--objectives", "error", "beauty"],
     "limit not positive": ["--limit", "latency_ms=-1"],
     "limit that the smallest misses": ["--limit", "parameters=10"],
+    "limit that no sparsified module keeps": ["--space", "sparsify", "--limit", "parameters=5"],
     "limit on a metric": ["--limit", "error=0.1"],
     "limit without a number": ["--limit", "parameters=few"],
     "missing data": ["--task", "cifar10", "--data", "/nowhere"],
@@ -85,10 +86,11 @@ def test_wrong_input_fails_with_one_line_before_any_work(
     assert not (tmp_path / "run").exists()
 
 
-def test_wrong_input_is_refused_without_importing_torch() -> None:
+@pytest.mark.parametrize("space", search.SPACES)
+def test_wrong_input_is_refused_without_importing_torch(space: str) -> None:
     code = (
         "import sys; from scripts.search import main; "
-        "code = main(['--space', 'cell', '--limit', 'parameters=10']); "
+        f"code = main(['--space', '{space}', '--limit', 'peak_memory_bytes=10']); "
         "sys.exit(code if 'torch' not in sys.modules else 9)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 2

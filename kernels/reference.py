@@ -12,3 +12,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
 }
+
+
+def activate(y: Tensor, activation: str) -> Tensor:
+    """The activation of a name, of any float type."""
+    return ACTIVATIONS[activation](y)

@@ -7,7 +7,7 @@
 namespace sn {
 
 enum Status : int { kOk = 0, kMalformed = 1, kMismatch = 2, kUnchecked = 3 };
-enum Operation : int { kLinear = 1, kConv2d = 2 };
+enum Operation : int { kLinear = 1, kConv2d, kPool, kMean, kMap, kZero };
 
 struct Header {
   char magic[8];
@@ -21,20 +21,30 @@ struct Header {
 };
 static_assert(sizeof(Header) == 136, "kernels/blob.py writes 136 bytes");
 
-struct Link {
-  int32_t operation, activation, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
-  int64_t weight, bias, reserved[2];  // byte offsets in the program; bias -1: none
+enum Kind : int32_t { kFrom, kTo, kLine, kDense };  // a tensor: x, y, lines, or dense between steps
+
+struct Tensor {
+  int32_t kind, channels, height, width, pitch, border;
+  int64_t offset, channel, image;  // floats: of the first pixel in the arena, and from one to the next
 };
-static_assert(sizeof(Link) == 64, "kernels/network/program.py writes 64 bytes");
+static_assert(sizeof(Tensor) == 48, "kernels/network/format.py writes 48 bytes");
+
+struct Step {
+  int32_t operation, activation, in, other, out, at;  // tensors, -1: none; first channel written
+  int32_t kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, kind, run;
+  int64_t weight, bias, offsets, inside;  // byte offsets in the program, -1: none
+};
+static_assert(sizeof(Step) == 96, "kernels/network/format.py writes 96 bytes");
 
 struct Program {
   char magic[8];
-  int32_t version, links;
+  int32_t version, tensors;
   int64_t bytes;
-  uint32_t crc, reserved;
-  int64_t padding[4];
+  uint32_t crc;
+  int32_t steps, images, reserved;  // images of a group
+  int64_t arena, padding[2];        // floats
 };
-static_assert(sizeof(Program) == 64, "kernels/network/program.py writes 64 bytes");
+static_assert(sizeof(Program) == 64, "kernels/network/format.py writes 64 bytes");
 
 template <class T>
 static inline const T* at(const void* base, int64_t offset) {
@@ -67,7 +77,7 @@ static inline Status check_weight(const void* data, int64_t bytes) {
   return check(data, bytes, "SNWEIGHT", sizeof(Header));
 }
 static inline Status check_program(const void* data, int64_t bytes) {
-  return check(data, bytes, "SNCHAIN\n", sizeof(Program));
+  return check(data, bytes, "SNGRAPH\n", sizeof(Program));
 }
 
 }  // namespace sn

@@ -1,82 +1,30 @@
-// Sparse convolution, NCHW in and out. A 1x1 reads its input in place. Any other copies a band of rows
-// (or several images) of one group into padded planes, in which every tap is one offset and outputs lie
+// Sparse convolution on views. Where outputs lie as their inputs do it reads in place (lines.h). Otherwise it copies a
+// band of rows (or several images) of one group into padded planes, in which every tap is one offset and outputs lie
 // in one line with a few lanes between rows that nobody stores.
 #pragma once
 #include "axis.h"
 #include "panel.h"
 #include "threads.h"
+#include "view.h"
 
 namespace sn {
 
 struct Conv {
   const Header* h;
-  const float* x;
-  float* y;
+  View in, out;
   int64_t images;
   Axis rows, cols;
   Rows w;
   int threads;
+  View other{};                       // added to the sums, laid out as `out`; base null: nothing is
+  const int32_t* offsets = nullptr;   // of the non-zeros on lines, where they are known ahead
+  const int32_t* inside = nullptr;    // by position of a line: -1 on a pixel, 0 between pixels
 
   int64_t group_rows() const { return h->rows / h->groups; }
-  int64_t in_plane() const { return rows.in * cols.in; }
-  int64_t out_plane() const { return rows.out * cols.out; }
-  const float* in(int64_t image, int64_t channel) const {
-    return x + (image * h->groups * h->channels + channel) * in_plane();
-  }
   double multiply_adds() const {
-    return static_cast<double>(h->entries) * h->block * static_cast<double>(out_plane() * images);
+    return static_cast<double>(h->entries) * h->block * static_cast<double>(rows.out * cols.out * images);
   }
 };
-
-// --- in place: 1x1, stride 1, no padding
-
-struct Plain {
-  float* y;
-  int64_t plane;
-  static constexpr bool kAtOnce = true;
-  void one(int64_t row, int v, vf sum) const { store(y + row * plane + v * V, sum); }
-};
-
-static inline bool in_place(const Conv& c) {
-  return c.rows.taps == 1 && c.cols.taps == 1 && c.rows.stride == 1 && c.cols.stride == 1 && c.rows.pad == 0 &&
-         c.cols.pad == 0 && c.in_plane() >= V;
-}
-
-// planes a multiple of 1 KiB apart fall into the same few sets of the first-level cache
-static inline bool planes_clash(const Conv& c) { return c.in_plane() % 256 == 0 && c.h->channels > 8; }
-
-static const float* gather(const float* x, int64_t plane, int64_t channels, int64_t width, float* to) {
-  for (int64_t ch = 0; ch < channels; ++ch)
-    for (int64_t i = 0; i < width; i += V) store(to + ch * width + i, load(x + ch * plane + i));
-  return to;
-}
-
-static void conv_in_place(const Conv& c) {
-  const int64_t size = c.out_plane(), vectors = (size + V - 1) / V, groups = c.h->groups;
-  const int64_t splits = std::min(vectors, std::max<int64_t>(1, ceil_pos(c.threads, c.images * groups)));
-  const int units = static_cast<int>(c.group_rows() / c.h->block);
-  const bool clash = planes_clash(c);
-  parallel(c.images * groups * splits, c.threads, [&](int64_t task) {
-    const int64_t part = task % splits, group = task / splits % groups, image = task / splits / groups;
-    const float* x = c.in(image, group * c.h->channels);
-    float* y = c.y + image * c.h->rows * size;
-    float* partial = scratch.get<float>(kPartial, c.group_rows() * kWidest * V);
-    float* near = clash ? scratch.get<float>(kPadded, c.h->channels * kWidest * V) : nullptr;
-    const auto run = [&](int64_t begin, int64_t end) {
-      // the last panel ends with the plane and may compute some pixels a second time
-      const int64_t width = (end - begin) * V, start = end == vectors ? size - width : begin * V;
-      Rows w = c.w;
-      w.stride = clash ? width : size;
-      const float* in = clash ? gather(x + start, size, c.h->channels, width, near) : x + start;
-      any_panel(w, end - begin, static_cast<int>(group) * units, static_cast<int>(group + 1) * units, in, partial,
-                Plain{y + start, size});
-    };
-    const int64_t begin = vectors * part / splits, end = vectors * (part + 1) / splits;
-    const bool alone = size % V != 0 && begin == 0 && end == vectors && vectors <= widest(c.w);
-    panels(c.w, begin, alone ? end - 1 : end, run);
-    if (alone) run(end - 1, end);
-  });
-}
 
 // --- padded planes
 
@@ -149,12 +97,12 @@ static void fill_plane(const Conv& c, const Layout& l, int64_t channel, int64_t 
   const int64_t first = std::min(c.cols.first(phase_w), full);
   const int64_t last = std::max(first, std::min(c.cols.last(phase_w), full));
   for (int64_t n = 0; n < count; ++n) {
-    const float* plane = c.in(image + n, channel);
+    const float* plane = c.in.at(image + n, channel);
     const int64_t lines = l.image_rows + (n + 1 == count && l.images > 1 ? c.rows.shared() : 0);
     for (int64_t r = 0; r < lines; ++r, to += l.pitch) {
       const int64_t source = c.rows.source(phase_h, top + r);
       const bool real = source >= 0 && source < c.rows.in;
-      const float* from = real ? plane + source * c.cols.in + c.cols.source(phase_w, first) : nullptr;
+      const float* from = real ? plane + source * c.in.pitch + c.cols.source(phase_w, first) : nullptr;
       fill_line(to, from, real ? first : full, real ? last : full, full, c.cols.stride);
     }
   }
@@ -205,9 +153,9 @@ static Segments segments(const Conv& c, const Layout& l, int64_t image, int64_t 
   std::memset(s.perm, 0, static_cast<size_t>(most * V) * sizeof(int32_t));
   int64_t used = vectors, now = 0;
   for (int64_t n = 0; n < count; ++n) {
-    const int64_t base = (image + n) * c.h->rows * c.out_plane(), end = base + (top + rows) * c.cols.out;
+    const int64_t base = (image + n) * c.out.image, end = base + (top + rows - 1) * c.out.pitch + c.cols.out;
     for (int64_t r = 0; r < rows; ++r) {
-      int64_t out = base + (top + r) * c.cols.out;
+      int64_t out = base + (top + r) * c.out.pitch;
       const int64_t start = (n * l.image_rows + r) * l.pitch, stop = start + c.cols.out;
       for (int64_t p = start; p < stop;) {
         const int64_t vector = p / V, upto = std::min(stop, (vector + 1) * V);
@@ -262,12 +210,14 @@ static void conv_padded(const Conv& c) {
       fill(c, l, g, image, count, top, planes);
       panels(w, 0, vectors, [&](int64_t begin, int64_t end) {
         any_panel(w, end - begin, static_cast<int>(g) * units, static_cast<int>(g + 1) * units, planes + begin * V,
-                  partial, Scatter{c.y, c.out_plane(), begin, s});
+                  partial, Scatter{c.out.base, c.out.channel, begin, s});
       });
     }
   });
+  if (c.out.border == 0) return;
+  parallel(c.h->rows, c.threads, [&](int64_t row) {
+    for (int64_t n = 0; n < c.images; ++n) clear_around(c.out, n, row);
+  });
 }
-
-static void conv2d(const Conv& c) { in_place(c) ? conv_in_place(c) : conv_padded(c); }
 
 }  // namespace sn

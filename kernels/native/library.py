@@ -14,7 +14,7 @@ _POINTER, _INT64, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _WEIGHT = [_POINTER, _INT64, _POINTER]
 _LINEAR = [_POINTER, _INT64, _INT64, *_WEIGHT, _POINTER, _INT64, _INT, _INT]
 _CONV2D = [_POINTER, _POINTER, *_WEIGHT, _POINTER, _INT, _INT]
-_CHAIN = [_POINTER, _POINTER, _POINTER, _INT64, _POINTER, _POINTER, _INT, _INT]
+_CHAIN = [_POINTER, _POINTER, _POINTER, _INT64, _POINTER, _POINTER, _INT]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def _load(isa: str, path: Path) -> Library:
         isa,
         _bind(core.sn_linear, _INT, _LINEAR),
         _bind(core.sn_conv2d, _INT, _CONV2D),
-        _bind(core.sn_chain, _INT, _CHAIN),
+        _bind(core.sn_program, _INT, _CHAIN),
         _bind(core.sn_checked, None, [_POINTER, _INT64]),
         _bind(core.sn_poison, None, [_INT]),
     )

@@ -2,6 +2,8 @@
 // packed weight. A non-zero is (weight, offset): broadcast the weight, N multiply-adds from memory.
 // Every output adds its non-zeros in storage order, whatever the panel and the thread: bit-equal.
 #pragma once
+#include <limits>
+
 #include "blob.h"
 #include "simd.h"
 
@@ -14,11 +16,13 @@ struct Rows {
   const float* bias;       // by row, or null
   int64_t stride;
   int chunks, units, block, activation;
+  const float* other;      // added to the sums, or null; rows are other_stride apart
+  int64_t other_stride;
 };
 
 static inline Rows rows_of(const Header& h, const float* bias, int activation) {
   return {at<int32_t>(&h, h.starts), at<int32_t>(&h, h.columns), at<float>(&h, h.values), bias, 1,
-          h.chunks, h.rows / h.block, h.block, activation};
+          h.chunks, h.rows / h.block, h.block, activation, nullptr, 0};
 }
 
 template <int R, int N>
@@ -30,6 +34,9 @@ static inline void open(Tile<R, N>& acc, const Rows& w, int chunk, int row, cons
     const vf bias = splat(w.bias ? w.bias[row + r] : 0.f);
     SN_UNROLL for (int v = 0; v < N; ++v) acc[r][v] = chunk ? load(partial + (r * N + v) * V) : bias;
   }
+  if (chunk || !w.other) return;
+  SN_UNROLL for (int r = 0; r < R; ++r)
+    SN_UNROLL for (int v = 0; v < N; ++v) acc[r][v] += load(w.other + (row + r) * w.other_stride + v * V);
 }
 
 // the slow way out: sums that need an activation, or whose lanes scatter
@@ -44,9 +51,11 @@ static __attribute__((noinline)) void finish(int activation, int row, int rows, 
 template <int R, int N, class Store>
 static inline void close(Tile<R, N>& acc, const Rows& w, int chunk, int row, float* partial, const Store& out) {
   const bool last = chunk + 1 == w.chunks;
-  if (Store::kAtOnce && last && !w.activation) {
+  if (Store::kAtOnce && last && w.activation <= kRelu6) {
+    const vf low = splat(w.activation == kNone ? -std::numeric_limits<float>::infinity() : 0.f);
+    const vf high = splat(w.activation == kRelu6 ? 6.f : std::numeric_limits<float>::infinity());
     SN_UNROLL for (int r = 0; r < R; ++r)
-      SN_UNROLL for (int v = 0; v < N; ++v) out.one(row + r, v, acc[r][v]);
+      SN_UNROLL for (int v = 0; v < N; ++v) out.one(row + r, v, vmin(vmax(acc[r][v], low), high));
     return;
   }
   SN_UNROLL for (int r = 0; r < R; ++r)

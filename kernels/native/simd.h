@@ -45,6 +45,65 @@ static inline vf permute(vf v, const int32_t* perm) {
 #endif
 }
 
+// Some lanes of a vector: [first, last).
+#if SN_LANES == 16 && defined(__AVX512F__)
+struct Some {
+  __mmask16 mask;
+};
+static inline Some some(int64_t first, int64_t last) {
+  const uint32_t below = last >= V ? 0xffffu : last <= 0 ? 0u : (1u << last) - 1u;
+  const uint32_t from = first <= 0 ? 0xffffu : first >= V ? 0u : 0xffffu << first;
+  return {static_cast<__mmask16>(below & from)};
+}
+// no other lane is read; it is `fill`
+static inline vf load(const float* p, Some s, vf fill) { return (vf)_mm512_mask_loadu_ps((__m512)fill, s.mask, p); }
+static inline void store(float* p, Some s, vf v) { _mm512_mask_storeu_ps(p, s.mask, (__m512)v); }
+#else
+struct Some {
+  int first, last;
+};
+static inline Some some(int64_t first, int64_t last) {
+  return {static_cast<int>(first < 0 ? 0 : first > V ? V : first), static_cast<int>(last < 0 ? 0 : last > V ? V : last)};
+}
+static inline vf load(const float* p, Some s, vf fill) {
+  if (s.first == 0 && s.last == V) return load(p);
+  for (int i = s.first; i < s.last; ++i) fill[i] = p[i];
+  return fill;
+}
+static inline void store(float* p, Some s, vf v) {
+  if (s.first == 0 && s.last == V) return store(p, v);
+  for (int i = s.first; i < s.last; ++i) p[i] = v[i];
+}
+#endif
+
+// Lanes [first, last) of every S-th float; S 0: of every `stride`-th.
+template <int S>
+struct Column {
+  Some low, high;
+  int first, last;
+};
+template <int S>
+static inline Column<S> column(int64_t first, int64_t last) {
+  if (first < 0) first = 0;
+  if (last > V) last = V;
+  if (last < first) last = first;
+  const bool any = last > first;
+  const Some low = S == 2 ? some(any ? 2 * first : V, 2 * last - 1) : some(first, last);
+  return {low, some(any ? 2 * first - V : V, 2 * last - 1 - V), static_cast<int>(first), static_cast<int>(last)};
+}
+template <int S>
+static inline vf load(const float* p, int64_t stride, Column<S> c, vf fill) {
+  if constexpr (S == 1) return load(p, c.low, fill);
+#if SN_LANES == 16 && defined(__AVX512F__)
+  if constexpr (S == 2) {
+    const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    return (vf)_mm512_permutex2var_ps((__m512)load(p, c.low, fill), even, (__m512)load(p + V, c.high, fill));
+  }
+#endif
+  for (int i = c.first; i < c.last; ++i) fill[i] = p[i * stride];
+  return fill;
+}
+
 // e^x by 2^n * e^r, |r| <= ln(2)/2, and a Taylor polynomial of degree 7: about 1 ulp
 static inline vf vexp(vf x) {
   const vf clipped = vmin(vmax(x, splat(-87.3f)), splat(88.3f));

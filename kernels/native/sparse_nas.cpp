@@ -1,58 +1,7 @@
 // The C ABI. Each call returns a Status; kernels/native/library.py turns it into an error that names the values.
-#include <alloca.h>
-
-#include "conv2d.h"
-#include "linear.h"
+#include "program.h"
 
 using namespace sn;
-
-static const float* bias_of(const Program& p, const Link& link) {
-  return link.bias < 0 ? nullptr : at<float>(&p, link.bias);
-}
-
-static Status run_linears(const Program& p, const float* x, int64_t batch, float* y, int threads) {
-  if (batch == 0) return kOk;
-  const Link* links = at<Link>(&p, sizeof(Program));
-  Layer* layers = static_cast<Layer*>(alloca(sizeof(Layer) * static_cast<size_t>(p.links)));
-  for (int i = 0; i < p.links; ++i)
-    layers[i] = {at<Header>(&p, links[i].weight), bias_of(p, links[i]), links[i].activation};
-  linear_chain(layers, p.links, x, batch, y, threads);
-  return kOk;
-}
-
-static Axis axis(int64_t in, int64_t taps, int64_t stride, int64_t pad, int64_t dilation) {
-  const int64_t room = in + 2 * pad - dilation * (taps - 1) - 1;
-  return {in, room < 0 ? 0 : room / stride + 1, stride, pad, dilation, taps};
-}
-
-static Status run_convs(const Program& p, const float* x, const int64_t* shape, float* y, const int64_t* out_tail,
-                        int threads) {
-  const Link* links = at<Link>(&p, sizeof(Program));
-  Conv* convs = static_cast<Conv*>(alloca(sizeof(Conv) * static_cast<size_t>(p.links)));
-  int64_t height = shape[2], width = shape[3], largest = 0;
-  for (int i = 0; i < p.links; ++i) {
-    const Link& k = links[i];
-    const Header* h = at<Header>(&p, k.weight);
-    convs[i] = {h, x, y, shape[0], axis(height, h->kernel_h, k.stride_h, k.padding_h, k.dilation_h),
-                axis(width, h->kernel_w, k.stride_w, k.padding_w, k.dilation_w),
-                rows_of(*h, bias_of(p, k), k.activation), 1};
-    convs[i].threads = useful_threads(threads, convs[i].multiply_adds());
-    height = convs[i].rows.out, width = convs[i].cols.out;
-    if (height < 1 || width < 1) return kMismatch;
-    largest = std::max(largest, shape[0] * h->rows * height * width);
-  }
-  if (height != out_tail[1] || width != out_tail[2]) return kMismatch;
-  if (shape[0] == 0) return kOk;
-  float* out = p.links > 1 ? scratch.get<float>(kPing, largest) : nullptr;
-  float* next = p.links > 2 ? scratch.get<float>(kPong, largest) : nullptr;
-  for (int i = 0; i < p.links; ++i, std::swap(out, next)) {
-    convs[i].x = x;
-    if (i + 1 < p.links) convs[i].y = out;
-    conv2d(convs[i]);
-    x = convs[i].y;
-  }
-  return kOk;
-}
 
 #define SN_EXPORT __attribute__((visibility("default")))
 
@@ -95,24 +44,25 @@ SN_EXPORT int sn_conv2d(const float* x, const Geometry* g, const void* weight, i
       h->channels * g->groups != g->channels || h->kernel_h != g->kernel_h || h->kernel_w != g->kernel_w)
     return kMismatch;
   if (g->images == 0 || g->rows == 0) return kOk;
-  Conv c{h, x, y, g->images, {g->height, g->out_h, g->stride_h, g->pad_h, g->dilation_h, g->kernel_h},
+  Conv c{h, dense_view(x, g->channels, g->height, g->width), dense_view(y, g->rows, g->out_h, g->out_w), g->images, {g->height, g->out_h, g->stride_h, g->pad_h, g->dilation_h, g->kernel_h},
          {g->width, g->out_w, g->stride_w, g->pad_w, g->dilation_w, g->kernel_w}, rows_of(*h, bias, activation), 1};
   c.threads = useful_threads(threads, c.multiply_adds());
   conv2d(c);
   return kOk;
 }
 
-// shape: images, channels, height, width of x; out_tail: channels, height, width of y, and tail 3. A linear
-// program takes (samples, columns, 1, 1), (rows, 1, 1) and tail 1.
-SN_EXPORT int sn_chain(const float* x, const int64_t* shape, const void* program, int64_t bytes, float* y,
-                       const int64_t* out_tail, int tail, int threads) {
+// shape: of x, out_tail: of y without the images; both channels, height, width (1, 1 for features)
+SN_EXPORT int sn_program(const float* x, const int64_t* shape, const void* program, int64_t bytes, float* y,
+                         const int64_t* out_tail, int threads) {
   if (const Status status = check_program(program, bytes)) return status;
   const Program& p = *static_cast<const Program*>(program);
-  const Link* links = at<Link>(program, sizeof(Program));
-  const Header *first = at<Header>(program, links[0].weight), *last = at<Header>(program, links[p.links - 1].weight);
-  if (last->rows != out_tail[0] || static_cast<int64_t>(first->channels) * first->groups != shape[1]) return kMismatch;
-  if ((tail == 3) != (first->operation == kConv2d)) return kMismatch;
-  return tail == 3 ? run_convs(p, x, shape, y, out_tail, threads) : run_linears(p, x, shape[0], y, threads);
+  const Tensor* tensors = at<Tensor>(program, sizeof(Program));
+  const auto fits = [](const Tensor& t, const int64_t* s) {
+    return t.channels == s[0] && t.height == s[1] && t.width == s[2];
+  };
+  if (!fits(tensors[0], shape + 1) || !fits(tensors[1], out_tail)) return kMismatch;
+  run_program(p, x, shape[0], y, threads);
+  return kOk;
 }
 
 }  // extern "C"

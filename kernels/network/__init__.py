@@ -1,5 +1,6 @@
-"""A run of fused layers in one call: `torch.ops.sparse_nas.sparse_chain`."""
+"""Many layers in one call: `sparse_chain` runs a program, which is written from a graph."""
 
-from kernels.network.program import Layer, chain, validate
+from kernels.network.graph import Graph, Step, X, Y
+from kernels.network.program import validate, write
 
-__all__ = ["Layer", "chain", "validate"]
+__all__ = ["Graph", "Step", "X", "Y", "validate", "write"]

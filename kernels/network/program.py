@@ -1,157 +1,84 @@
-"""A program: the bytes of a run of layers, packed weights, biases and arguments together."""
+"""A program: the bytes of a graph and of its plan, packed weights and biases together."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from __future__ import annotations
+
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from kernels import blob as b
 from kernels.calls import ACTIVATIONS
 from kernels.checks import check
+from kernels.network.graph import OPERATIONS, POOLS, Graph, Pair, Step, X, Y, apart
+from kernels.network.plan import DENSE, Plan, lineable, plan
 from kernels.packed import Packed
 
-Pair = tuple[int, int]
-VERSION = 1
-_MAGIC = b"SNCHAIN\n"
-_HEAD = np.dtype("S8,<i4,<i4,<i8,<u4,<u4,4<i8")
-_HEAD.names = ("magic", "version", "links", "bytes", "crc", "reserved", "padding")
-_LINK = np.dtype("<i4,<i4,2<i4,2<i4,2<i4,<i8,<i8,2<i8")
-_LINK.names = (
-    "operation",
-    "activation",
-    "stride",
+VERSION = 2
+_MAGIC = b"SNGRAPH\n"
+_HEAD = np.dtype("S8,<i4,<i4,<i8,<u4,<i4,<i4,<i4,<i8,2<i8")
+_HEAD.names = (
+    *("magic", "version", "tensors", "bytes", "crc", "steps", "images", "reserved", "arena"),
     "padding",
-    "dilation",
-    "weight",
-    "bias",
-    "reserved",
 )
+_TENSOR = np.dtype("<i4,<i4,<i4,<i4,<i4,<i4,<i8,<i8,<i8")
+_TENSOR.names = (
+    *("kind", "channels", "height", "width", "pitch", "border", "offset", "channel", "image"),
+)
+_STEP = np.dtype("<i4,<i4,<i4,<i4,<i4,<i4,2<i4,2<i4,2<i4,2<i4,<i4,<i4,<i8,<i8,<i8,<i8")
+_STEP.names = (
+    *("operation", "activation", "in", "other", "out", "at", "kernel", "stride", "padding"),
+    *("dilation", "kind", "run", "weight", "bias", "offsets", "inside"),
+)
+_SEAL = 24
+_MOST = 2**20  # tensors, and steps
 
 
-@dataclass(frozen=True, eq=False)
-class Layer:
-    """One layer of a run.
-
-    Attributes:
-        packed: its weight.
-        bias: (out,) float32, or None.
-        activation: "none", "relu", "relu6", "silu" or "gelu".
-        stride: of a convolution, as are padding and dilation; groups are in the weight.
-    """
-
-    packed: Packed
-    bias: Tensor | None = None
-    activation: str = "none"
-    stride: Pair = (1, 1)
-    padding: Pair = (0, 0)
-    dilation: Pair = (1, 1)
-
-
-def chain(layers: Sequence[Layer]) -> Tensor:
-    """The program of a run of layers, all linear or all convolutions.
-
-    Args:
-        layers: at least one; each takes what the one before it gives.
+def write(graph: Graph) -> Tensor:
+    """The program of a graph.
 
     Returns:
         (n,) uint8, for `torch.ops.sparse_nas.sparse_chain(x, program, out_tail)`.
 
     Raises:
-        ValueError: layers that do not fit each other, or arguments out of range.
+        ValueError: steps that do not fit each other or the tensors, or arguments out of range.
     """
-    links = np.zeros(len(layers), _LINK)
-    parts: list[b.Bytes] = []
-    end = _aligned(_HEAD.itemsize + links.nbytes)
-    for link, layer in zip(links, layers, strict=True):
-        weight, bias = layer.packed.data.numpy(), _bias(layer)
-        code = _activation(layer.activation)
-        link["operation"], link["activation"] = b.shape_of(weight).operation, code
-        link["stride"], link["padding"] = layer.stride, layer.padding
-        link["dilation"], link["weight"] = layer.dilation, end
-        link["bias"] = end + _aligned(len(weight)) if layer.bias is not None else -1
-        for part in (weight, bias):
-            parts.append(part)
-            end += _aligned(len(part))
-    program = _join(links, parts, end)
-    _check(program)
-    return torch.from_numpy(program)
+    graph.check()
+    graph = apart(graph, [lineable(graph, step) for step in graph.steps])
+    return torch.from_numpy(_bytes(graph, plan(graph)))
 
 
 def validate(program: Tensor) -> None:
-    """Checks a program that came from elsewhere, its packed weights included.
+    """Checks a program that came from elsewhere: it must be what its own graph is written as.
 
     Raises:
         ValueError: names what is malformed, the rule and the value.
     """
-    _check(program.numpy())
-
-
-def shapes(program: Tensor) -> list[b.Shape]:
-    """The shapes of a checked program's weights, in order."""
     raw = program.numpy()
-    return [b.shape_of(_weight(raw, link)) for link in links_of(raw)]
+    graph = read(program)
+    graph.check()
+    sums = apart(graph, [lineable(graph, step) for step in graph.steps])
+    _rule(len(sums.steps) == len(graph.steps), "sums", "in convolutions on lines", "elsewhere")
+    again = _bytes(graph, plan(graph))
+    same = len(again) == len(raw) and bool((again == raw).all())
+    _rule(same, "plan", "that of its graph", "another")
 
 
-def links_of(raw: b.Bytes) -> Any:
-    """The layers' records in a checked program."""
-    count = int(raw[: _HEAD.itemsize].view(_HEAD)[0]["links"])
-    return raw[_HEAD.itemsize : _HEAD.itemsize + count * _LINK.itemsize].view(_LINK)
+def read(program: Tensor) -> Graph:
+    """The graph of a program; its packed weights were checked and have no meta.
 
-
-def layers_of(program: Tensor) -> list[Layer]:
-    """The layers of a checked program; their packed weights have no meta."""
-    raw, names = program.numpy(), list(ACTIVATIONS)
-    layers = []
-    for link in links_of(raw):
-        packed = Packed(torch.from_numpy(_weight(raw, link)), {})
-        pairs = [_pair(link[name]) for name in ("stride", "padding", "dilation")]
-        layers.append(Layer(packed, _bias_of(raw, link), names[link["activation"]], *pairs))
-    return layers
-
-
-def _pair(values: Any) -> Pair:
-    return int(values[0]), int(values[1])
-
-
-def _aligned(size: int) -> int:
-    return -(-size // 64) * 64
-
-
-def _activation(name: str) -> int:
-    if name not in ACTIVATIONS:
-        known = ", ".join(ACTIVATIONS)
-        raise ValueError(f"chain: activation must be one of {known}, got {name!r}")
-    return ACTIVATIONS[name]
-
-
-def _bias(layer: Layer) -> b.Bytes:
-    if layer.bias is None:
-        return np.zeros(0, np.uint8)
-    rows = b.shape_of(layer.packed.data.numpy()).rows
-    if layer.bias.dtype != torch.float32 or layer.bias.shape != (rows,):
-        raise ValueError(
-            f"chain: bias must be float32 ({rows},), "
-            f"got {layer.bias.dtype} {tuple(layer.bias.shape)}"
-        )
-    return layer.bias.detach().contiguous().numpy().view(np.uint8)
-
-
-def _join(links: Any, parts: list[b.Bytes], end: int) -> b.Bytes:
-    program = np.zeros(end, np.uint8)
-    head = np.zeros(1, _HEAD)
-    head["magic"], head["version"] = _MAGIC, VERSION
-    head["links"], head["bytes"] = len(links), end
-    program[: head.nbytes] = head.view(np.uint8)
-    program[head.nbytes : head.nbytes + links.nbytes] = links.view(np.uint8)
-    place = _aligned(head.nbytes + links.nbytes)
-    for part in parts:
-        program[place : place + len(part)] = part
-        place += _aligned(len(part))
-    return b.seal(program, 24)
+    Raises:
+        ValueError: names what is malformed, the rule and the value.
+    """
+    raw = program.numpy()
+    head = _checked_head(raw)
+    tensors, steps = _records(raw, head)
+    shapes = [(int(t["channels"]), int(t["height"]), int(t["width"])) for t in tensors]
+    _rule(all(min(s) >= 0 and max(s) < 2**24 for s in shapes), "shapes", "from 0", shapes)
+    dense = {i for i, t in enumerate(tensors) if t["kind"] == DENSE and shapes[i][1:] != (1, 1)}
+    return Graph(shapes, dense, [_step(raw, s, len(shapes)) for s in steps])
 
 
 def _rule(holds: bool, thing: str, rule: str, value: object) -> None:
@@ -159,53 +86,148 @@ def _rule(holds: bool, thing: str, rule: str, value: object) -> None:
         raise ValueError(f"program: {thing} must be {rule}, got {value}")
 
 
-def _check(raw: b.Bytes) -> None:
+def _aligned(size: int) -> int:
+    return -(-size // 64) * 64
+
+
+class _Payload:
+    """What steps point at, equal parts once."""
+
+    def __init__(self, start: int) -> None:
+        self.end, self.places = start, dict[bytes, int]()
+
+    def add(self, part: npt.NDArray[Any] | None) -> int:
+        """The byte offset of a part; -1 for none."""
+        if part is None:
+            return -1
+        content = part.tobytes()
+        if content not in self.places:
+            self.places[content] = self.end
+            self.end += _aligned(max(1, len(content)))
+        return self.places[content]
+
+
+def _bytes(graph: Graph, how: Plan) -> b.Bytes:
+    tensors, steps = np.zeros(len(graph.shapes), _TENSOR), np.zeros(len(graph.steps), _STEP)
+    for record, shape, place in zip(tensors, graph.shapes, how.places, strict=True):
+        record["channels"], record["height"], record["width"] = shape
+        for name in ("kind", "pitch", "border", "offset", "channel", "image"):
+            record[name] = getattr(place, name)
+    start = _HEAD.itemsize + tensors.nbytes
+    payload = _Payload(_aligned(start + steps.nbytes))
+    for number, (record, step) in enumerate(zip(steps, graph.steps, strict=True)):
+        _write_step(record, step, how, number, payload)
+    raw = np.zeros(payload.end, np.uint8)
+    head = np.zeros(1, _HEAD)
+    head["magic"], head["version"], head["bytes"] = _MAGIC, VERSION, len(raw)
+    head["tensors"], head["steps"] = len(tensors), len(steps)
+    head["images"], head["arena"] = how.images, how.arena
+    whole = np.concatenate([part.view(np.uint8) for part in (head, tensors, steps)])
+    raw[: len(whole)] = whole
+    for content, start in payload.places.items():
+        raw[start : start + len(content)] = np.frombuffer(content, np.uint8)
+    return b.seal(raw, _SEAL)
+
+
+def _write_step(record: Any, step: Step, how: Plan, number: int, payload: _Payload) -> None:
+    record["operation"], record["kind"] = OPERATIONS[step.operation], POOLS[step.kind]
+    record["activation"], record["run"] = ACTIVATIONS[step.activation], how.runs[number]
+    record["in"], record["out"], record["at"] = step.source, step.out, step.at
+    record["other"] = -1 if step.other is None else step.other
+    for name in ("kernel", "stride", "padding", "dilation"):
+        record[name] = getattr(step, name)
+    record["weight"] = payload.add(None if step.packed is None else step.packed.data.numpy())
+    record["bias"] = payload.add(_bias(step))
+    for name, tables in (("offsets", how.offsets), ("inside", how.inside)):
+        record[name] = payload.add(tables.get(number))
+
+
+def _bias(step: Step) -> b.Bytes | None:
+    if step.bias is None:
+        return None
+    rows = step.weight.rows
+    if step.bias.dtype != torch.float32 or step.bias.shape != (rows,):
+        raise ValueError(
+            f"program: bias must be float32 ({rows},), got {step.bias.dtype} "
+            f"{tuple(step.bias.shape)}"
+        )
+    return step.bias.detach().contiguous().numpy().view(np.uint8)
+
+
+def _checked_head(raw: b.Bytes) -> Any:
     _rule(len(raw) >= _HEAD.itemsize, "bytes", f"at least {_HEAD.itemsize}", len(raw))
     head = raw[: _HEAD.itemsize].view(_HEAD)[0]
     _rule(bytes(head["magic"]) == _MAGIC, "magic", repr(_MAGIC), bytes(head["magic"]))
     _rule(head["version"] == VERSION, "format", str(VERSION), head["version"])
     _rule(head["bytes"] == len(raw), "bytes", f"its length {len(raw)}", head["bytes"])
-    found = b.checksum(raw, 24)
+    found = b.checksum(raw, _SEAL)
     _rule(head["crc"] == found, "checksum", f"{found:#010x}, that of its bytes", head["crc"])
-    room = (len(raw) - _HEAD.itemsize) // _LINK.itemsize
-    _rule(1 <= head["links"] <= room, "layers", f"1 to {room}", head["links"])
-    shapes = [_check_link(raw, link) for link in links_of(raw)]
-    for before, after in pairwise(shapes):
-        same = before.operation == after.operation
-        _rule(same, "layers", "all linear or all convolutions", "both")
-        wanted = after.channels * after.groups
-        _rule(before.rows == wanted, "a layer's outputs", f"the next one's {wanted}", before.rows)
+    _rule(2 <= head["tensors"] < _MOST, "tensors", f"2 to {_MOST}", head["tensors"])
+    _rule(1 <= head["steps"] < _MOST, "steps", f"1 to {_MOST}", head["steps"])
+    return head
 
 
-def _check_link(raw: b.Bytes, link: Any) -> b.Shape:
-    weight = _weight(raw, link)
-    check(weight)
-    shape = b.shape_of(weight)
-    operation = link["operation"]
-    _rule(operation == shape.operation, "operation", str(shape.operation), operation)
-    top = len(ACTIVATIONS) - 1
-    _rule(0 <= link["activation"] <= top, "activation", f"0 to {top}", link["activation"])
-    for name, low in (("stride", 1), ("padding", 0), ("dilation", 1)):
-        values = link[name].tolist()
-        _rule(min(values) >= low and max(values) < 2**20, name, f"at least {low}", values)
-    bias, last = int(link["bias"]), len(raw) - 4 * shape.rows
-    inside = bias == -1 or (0 <= bias <= last and bias % 64 == 0)
-    _rule(inside, "bias offset", f"-1, or a multiple of 64 up to {last}", bias)
-    return shape
+def _records(raw: b.Bytes, head: Any) -> tuple[Any, Any]:
+    middle = _HEAD.itemsize + int(head["tensors"]) * _TENSOR.itemsize
+    end = middle + int(head["steps"]) * _STEP.itemsize
+    _rule(end <= len(raw), "records", f"within {len(raw)} bytes", end)
+    return raw[_HEAD.itemsize : middle].view(_TENSOR), raw[middle:end].view(_STEP)
 
 
-def _weight(raw: b.Bytes, link: Any) -> b.Bytes:
-    start = int(link["weight"])
+def _step(raw: b.Bytes, record: Any, tensors: int) -> Step:
+    operation = _key(OPERATIONS, record["operation"], "operation")
+    source, out, other = (int(record[name]) for name in ("in", "out", "other"))
+    inside = 0 <= source < tensors and 0 <= out < tensors and -1 <= other < tensors
+    _rule(inside, "tensors of a step", f"0 to {tensors - 1}", (source, out, other))
+    packed, bias = None, None
+    if operation in ("linear", "conv2d"):
+        weight = _weight(raw, int(record["weight"]))
+        packed = Packed(torch.from_numpy(weight), {})
+        bias = _bias_at(raw, int(record["bias"]), b.shape_of(weight).rows)
+    return Step(
+        operation,
+        source,
+        out,
+        at=int(record["at"]),
+        other=None if other < 0 else other,
+        packed=packed,
+        bias=bias,
+        activation=_key(ACTIVATIONS, record["activation"], "activation"),
+        kind=_key(POOLS, record["kind"], "pooling"),
+        kernel=_pair(record["kernel"]),
+        stride=_pair(record["stride"]),
+        padding=_pair(record["padding"]),
+        dilation=_pair(record["dilation"]),
+    )
+
+
+def _key(names: dict[str, int], code: Any, thing: str) -> str:
+    found = [name for name, value in names.items() if value == code]
+    _rule(len(found) == 1, thing, f"one of {list(names.values())}", code)
+    return found[0]
+
+
+def _pair(values: Any) -> Pair:
+    return int(values[0]), int(values[1])
+
+
+def _weight(raw: b.Bytes, start: int) -> b.Bytes:
     inside = 0 <= start <= len(raw) - b.HEADER.itemsize and start % 64 == 0
     _rule(inside, "weight offset", f"inside {len(raw)} bytes", start)
     size = int(b.head(raw[start:])["bytes"])
     _rule(0 < size <= len(raw) - start, "weight size", f"up to {len(raw) - start}", size)
+    check(raw[start : start + size])
     return raw[start : start + size]
 
 
-def _bias_of(raw: b.Bytes, link: Any) -> Tensor | None:
-    start = int(link["bias"])
-    if start < 0:
-        return None
-    rows = b.shape_of(_weight(raw, link)).rows
-    return torch.from_numpy(raw[start : start + 4 * rows].view("<f4"))
+def _bias_at(raw: b.Bytes, start: int, rows: int) -> Tensor | None:
+    last = len(raw) - 4 * rows
+    inside = start == -1 or (0 <= start <= last and start % 64 == 0)
+    _rule(inside, "bias offset", f"-1, or a multiple of 64 up to {last}", start)
+    return None if start < 0 else torch.from_numpy(raw[start : start + 4 * rows].view("<f4"))
+
+
+def tails(program: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(channels, height, width) of x and of y of a checked program."""
+    graph = read(program)
+    return graph.shapes[X], graph.shapes[Y]

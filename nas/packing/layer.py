@@ -68,6 +68,10 @@ class Layer:
             return kernels.pack_linear(self.weight)
         return kernels.pack_conv2d(self.weight, self.conv.groups)
 
+    def fused(self) -> dict[str, Any]:
+        """What a step of a program needs of it beside its arguments."""
+        return {"packed": self.packed, "bias": self.bias, "activation": self.activation}
+
     def __call__(self, x: Tensor) -> Tensor:
         """Apply the layer densely."""
         return dense_kernel(self)(x)

@@ -15,28 +15,35 @@ from nas.packing.layer import Kernel
 
 @dataclass(frozen=True)
 class Placement:
-    """A kernel and the consecutive layer nodes that it computes, each the only reader of the last.
+    """A kernel and the consecutive nodes that it computes; only the last one's value is read.
 
     Attributes:
         nodes: one layer's node, or a run's.
-        kernel: maps the input of the first node to the output of the last.
+        source: the one value that they read.
+        kernel: maps that value to the output of the last node.
     """
 
     nodes: tuple[Node, ...]
+    source: Node
     kernel: Kernel
 
 
-def lower(module: GraphModule, placements: list[Placement]) -> GraphModule:
-    """A new module in which layer nodes are calls of their kernels and constants plain buffers."""
+def lower(module: nn.Module, given: Graph, placements: list[Placement]) -> GraphModule:
+    """A new module: layer nodes are calls of their kernels, constants plain buffers.
+
+    Args:
+        module: holds the constants that the graph reads.
+        given: the graph.
+        placements: what computes each layer of it.
+    """
     starts = {placement.nodes[0]: placement for placement in placements}
     inside = {node for placement in placements for node in placement.nodes[1:]}
     root, graph = nn.Module(), Graph()
     env: dict[Node, Node] = {}
-    for node in module.graph.nodes:
+    for node in given.nodes:
         if node in starts:
-            env[starts[node].nodes[-1]] = _call(
-                root, graph, starts[node].kernel, env[node.args[0]]
-            )
+            place = starts[node]
+            env[place.nodes[-1]] = _call(root, graph, place.kernel, env[place.source])
         elif node.op == "get_attr":
             held = constants.held(module, node)
             env[node] = _constant(root, graph, held, str(node.target).replace(".", "_"))

@@ -111,7 +111,9 @@ def _network(
     notes: tuple[str, ...],
     example: tuple[Tensor, ...],
 ) -> PackedNetwork:
-    lowered = _single_output(traced, lower(traced.module, _placements(choices, runs)))
+    lowered = _single_output(
+        traced, lower(traced.module, traced.module.graph, _placements(choices, runs))
+    )
     body, layout = fastest_layout(lowered, example)
     spec = None if traced.out_spec.is_leaf() else traced.out_spec
     return PackedNetwork(body, describe(choices, runs), notes, Signature.of(example), spec, layout)
@@ -135,8 +137,8 @@ def _placements(choices: dict[Node, Choice], runs: list[Run]) -> list[Placement]
     covered = {node for run in runs for node in run.nodes}
     alone = [node for node in choices if node not in covered]
     return [
-        *(Placement(run.nodes, run.kernel) for run in runs),
-        *(Placement((node,), choices[node].kernel) for node in alone),
+        *(Placement(run.nodes, run.source, run.kernel) for run in runs),
+        *(Placement((node,), node.all_input_nodes[0], choices[node].kernel) for node in alone),
     ]
 
 

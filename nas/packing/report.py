@@ -48,8 +48,9 @@ def describe(choices: Mapping[Node, Choice], runs: Sequence[Run]) -> tuple[Packe
     """The rows of all choices, those in a run with their share of its time."""
     rows = {node: row(choice) for node, choice in choices.items()}
     for index, run in enumerate(runs):
-        apart = sum(rows[node].us for node in run.nodes)
-        for node in run.nodes:
+        layers = [node for node in run.nodes if node in rows]
+        apart = sum(rows[node].us for node in layers)
+        for node in layers:
             share = rows[node].us / apart * run.us
             rows[node] = replace(rows[node], kernel=f"sparse_chain[{index}]", us=share)
     return tuple(rows.values())

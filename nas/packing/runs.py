@@ -1,19 +1,21 @@
-"""Runs: layers that follow each other directly, computed in one call where that is faster."""
+"""Runs: layers computed in one call, with what lies between them, where that is faster."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from kernels import network
-from nas.packing.layer import Kernel, Layer, Step
-from nas.packing.tune import Choice, check_run, time_us
+from nas.packing.convert import Converter
+from nas.packing.layer import Kernel, Layer, Step, aten
+from nas.packing.lower import Placement, lower
+from nas.packing.straight import straight
+from nas.packing.tune import Choice, as_dense, close, time_us
 
 
 @dataclass(frozen=True)
@@ -21,16 +23,27 @@ class Run:
     """Layers computed by one call.
 
     Attributes:
-        nodes: theirs, in order.
+        nodes: theirs and those between, in order.
+        source: what the first of them reads.
         kernel: the chain.
         us: its median time, microseconds.
         apart_us: that of the layers' own fastest kernels in turn, from the same rounds.
     """
 
     nodes: tuple[Node, ...]
+    source: Node
     kernel: Kernel
     us: float
     apart_us: float
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """Nodes that follow each other, what feeds them, and what computes them."""
+
+    nodes: tuple[Node, ...]
+    source: Node
+    kernel: Kernel
 
 
 def find_runs(
@@ -38,51 +51,101 @@ def find_runs(
 ) -> list[Run]:
     """The runs of `module` that are faster in one call, as timed on what reaches them.
 
-    The longest run is tried first; where it loses, the stretches of it whose layers all chose
-    their sparse kernel are tried.
+    The longest are tried first; where one loses, those of its stretches are tried whose layers
+    all chose their sparse kernel.
     """
-    longest = [nodes for nodes in _stretches(choices) if len(nodes) > 1]
-    inner = [part for nodes in longest for part in _sparse_parts(nodes, choices)]
-    finder = _Finder(module, choices, [*longest, *inner])
-    if longest:
+    right = {node for node, choice in choices.items() if not choice.note}
+    sparse = {node for node in right if choices[node].kernel is choices[node].sparse}
+    if not any(choices[node].sparse for node in right):
+        return []
+    candidates = [s for among in (right, sparse) for s in _stretches(module, among)]
+    finder = _Finder(module, choices, candidates)
+    if candidates:
         finder.run(*(tensor.clone() for tensor in example))
     return finder.runs
 
 
-def _stretches(choices: Mapping[Node, Choice]) -> list[tuple[Node, ...]]:
-    """The layers with a right sparse kernel, cut where one is not only the next one's source."""
-    stretches: list[tuple[Node, ...]] = []
-    for node in (node for node, choice in choices.items() if choice.sparse is not None):
-        if stretches and _continues(stretches[-1][-1], node):
-            stretches[-1] = (*stretches[-1], node)
-        else:
-            stretches.append((node,))
-    return stretches
+def _stretches(module: GraphModule, among: set[Node]) -> list[_Stretch]:
+    """The longest stretches of images, and of linear layers alone."""
+    nodes = [node for node in module.graph.nodes if node.op == "call_function"]
+    found: list[_Stretch] = []
+    start = 0
+    while start < len(nodes):
+        stretch = _images(nodes[start:], among) or _features(nodes[start:], among)
+        if stretch is not None:
+            found.append(stretch)
+        start += len(stretch.nodes) if stretch else 1
+    return found
 
 
-def _continues(before: Node, node: Node) -> bool:
-    kinds = [part.target.operation for part in (before, node) if isinstance(part.target, Layer)]
-    return list(before.users) == [node] and node.args[0] is before and kinds[0] == kinds[1]
+def _images(nodes: list[Node], among: set[Node]) -> _Stretch | None:
+    """The longest stretch from the first node on that reads one value and gives one."""
+    sources = nodes[0].all_input_nodes
+    value = sources[0].meta.get("val") if len(sources) == 1 else None
+    if not isinstance(value, Tensor) or value.dim() != 4:
+        return None
+    converter, taken, last = Converter(sources[0]), list[Node](), 0
+    for node in nodes:
+        layer = isinstance(node.target, Layer)
+        if (layer and node not in among) or not converter.take(node):
+            break
+        taken.append(node)
+        inside = set(taken)
+        outside = [n for n in taken[:-1] if not inside.issuperset(n.users)]
+        if not outside and converter.ends_at(node) is not None:
+            last = len(taken)
+    whole = tuple(taken[:last])
+    graph = converter.ends_at(whole[-1]) if _layers(whole) > 1 else None
+    if graph is None:
+        return None
+    return _Stretch(whole, sources[0], _kernel(graph, whole[-1]))
 
 
-def _sparse_parts(
-    nodes: Iterable[Node], choices: Mapping[Node, Choice]
-) -> Iterable[tuple[Node, ...]]:
-    def chose_sparse(node: Node) -> bool:
-        return choices[node].kernel is choices[node].sparse
+def _features(nodes: list[Node], among: set[Node]) -> _Stretch | None:
+    """Linear layers one after the other, on inputs of any leading dimensions."""
+    taken: list[Node] = []
+    for node in nodes:
+        linear = isinstance(node.target, Layer) and node.target.conv is None and node in among
+        if not linear or (taken and (node.args[0] is not taken[-1] or len(taken[-1].users) != 1)):
+            break
+        taken.append(node)
+    if len(taken) < 2:
+        return None
+    layers = [node.target for node in taken]
+    graph = network.Graph([_features_of(layers[0], 1), _features_of(layers[-1], 0)])
+    value = network.X
+    for layer in layers:
+        assert isinstance(layer, Layer)
+        last = layer is layers[-1] and len(graph.steps) + 1 == len(layers)
+        out = network.Y if last else graph.tensor(_features_of(layer, 0))
+        graph.steps.append(network.Step("linear", value, out, **layer.fused()))
+        value = out
+    source = taken[0].all_input_nodes[0]
+    return _Stretch(tuple(taken), source, _kernel(graph, None))
 
-    parts = [(sparse, tuple(part)) for sparse, part in groupby(nodes, chose_sparse)]
-    return [part for sparse, part in parts if sparse and 1 < len(part)]
+
+def _features_of(layer: Any, axis: int) -> tuple[int, int, int]:
+    return (int(layer.weight.shape[axis]), 1, 1)
+
+
+def _layers(nodes: Iterable[Node]) -> int:
+    return sum(isinstance(node.target, Layer) for node in nodes)
+
+
+def _kernel(graph: network.Graph, last: Node | None) -> Kernel:
+    """The chain; `last` gives images, or rows of features; None: a run of linear layers."""
+    shape = graph.shapes[network.Y]
+    tail = list(shape[:1] if last is None else shape)
+    chain = Step(torch.ops.sparse_nas.sparse_chain.default, (network.write(graph), tail))
+    flat = last is not None and last.meta["val"].dim() == 2
+    return Kernel("sparse_chain", (chain, *([Step(aten.flatten.using_ints, (1,))] * flat)))
 
 
 class _Finder(Interpreter):
     """Runs a graph and times each candidate on the very input that reaches it."""
 
     def __init__(
-        self,
-        module: GraphModule,
-        choices: Mapping[Node, Choice],
-        candidates: list[tuple[Node, ...]],
+        self, module: GraphModule, choices: Mapping[Node, Choice], candidates: list[_Stretch]
     ) -> None:
         super().__init__(module)
         self.choices = choices
@@ -90,35 +153,33 @@ class _Finder(Interpreter):
         self.runs: list[Run] = []
 
     def run_node(self, n: Node) -> Any:
-        for nodes in self.candidates:
+        for stretch in self.candidates:
             taken = {node for run in self.runs for node in run.nodes}
-            if nodes[0] is n and n not in taken:
-                (x,), _ = self.fetch_args_kwargs_from_env(n)
-                self.runs += _tried(nodes, self.choices, x)
+            if stretch.nodes[0] is n and taken.isdisjoint(stretch.nodes):
+                self.runs += self._tried(stretch, self.env[stretch.source])
         return super().run_node(n)
 
-
-def _tried(nodes: tuple[Node, ...], choices: Mapping[Node, Choice], x: Tensor) -> list[Run]:
-    steps = tuple(step for node in nodes for step in choices[node].kernel.steps)
-    apart = Kernel("apart", steps)
-    layers = [choices[node].layer for node in nodes]
-    chain = _chain(layers, apart(x))
-    if check_run(layers, x, chain(x)):
-        return []
-    apart_us, us = time_us([apart, chain], x)
-    return [Run(nodes, chain, us, apart_us)] if us < apart_us else []
+    def _tried(self, stretch: _Stretch, x: Tensor) -> list[Run]:
+        module, nodes = self.module, stretch.nodes
+        dense = {node: as_dense(choice) for node, choice in self.choices.items()}
+        if not close(stretch.kernel(x), _apart(module, stretch, dense)(x.clone())):
+            return []
+        apart = _apart(module, stretch, self.choices)
+        apart_us, us = time_us([apart, stretch.kernel], x)
+        return [Run(nodes, stretch.source, stretch.kernel, us, apart_us)] if us < apart_us else []
 
 
-def _chain(layers: list[Layer], result: Tensor) -> Kernel:
-    tail = list(result.shape[1:] if layers[0].conv else result.shape[-1:])
-    program = network.chain([_link(layer) for layer in layers])
-    return Kernel(
-        "sparse_chain", (Step(torch.ops.sparse_nas.sparse_chain.default, (program, tail)),)
-    )
-
-
-def _link(layer: Layer) -> network.Layer:
-    if layer.conv is None:
-        return network.Layer(layer.packed, layer.bias, layer.activation)
-    walk = (layer.conv.stride, layer.conv.padding, layer.conv.dilation)
-    return network.Layer(layer.packed, layer.bias, layer.activation, *walk)
+def _apart(module: nn.Module, stretch: _Stretch, choices: Mapping[Node, Choice]) -> Kernel:
+    """The nodes of a stretch in turn, layers by their chosen kernels, or dense where none is."""
+    part, env = Graph(), dict[Node, Node]()
+    env[stretch.source] = part.placeholder("x")
+    for node in stretch.nodes:
+        env[node] = part.node_copy(node, env.__getitem__)
+    part.output(env[stretch.nodes[-1]])
+    of = {env[node]: node for node in stretch.nodes}
+    placements = [
+        Placement((copied,), copied.all_input_nodes[0], choices[node].kernel)
+        for copied, node in of.items()
+        if node in choices
+    ]
+    return Kernel("apart", (Step(straight(lower(module, part, placements)), ()),))

@@ -1,10 +1,12 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 
 import kernels
-from kernels.network import Layer, chain
+from kernels.network import Graph, Step, X, Y, write
 from tests.kernels import draws
 
 ops = torch.ops.sparse_nas
@@ -20,9 +22,12 @@ class Network(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        run = [Layer(DEPTHWISE, BIAS, "relu", padding=(1, 1)) for _ in range(2)]
+        walk: dict[str, Any] = {"kernel": (3, 3), "padding": (1, 1), "activation": "relu"}
+        run = Graph([(8, 5, 4)] * 3)
+        for source, out in ((X, 2), (2, Y)):
+            run.steps.append(Step("conv2d", source, out, packed=DEPTHWISE, bias=BIAS, **walk))
         self.register_buffer("conv", CONV.data)
-        self.register_buffer("run", chain(run))
+        self.register_buffer("run", write(run))
         self.register_buffer("linear", kernels.pack_linear(torch.ones(5, 8)).data)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -36,7 +41,9 @@ def network() -> Network:
     return Network().eval()
 
 
-PROGRAM = chain([Layer(LINEAR, None, "gelu")])
+PROGRAM = write(
+    Graph([(24, 1, 1), (10, 1, 1)], steps=[Step("linear", X, Y, packed=LINEAR, activation="gelu")])
+)
 CALLS: list[tuple[OpOverload[..., Tensor], tuple[object, ...]]] = [
     (ops.sparse_linear.default, (draws.numbers(0, 4, 24), LINEAR.data, None, 10)),
     (ops.sparse_linear.default, (draws.numbers(0, 2, 3, 24), LINEAR.data, torch.ones(10), 10)),

@@ -111,7 +111,7 @@ def test_a_module_called_twice_is_stored_once_and_listed_twice(
 ) -> None:
     prefer_sparse(monkeypatch)
     fc = nn.Linear(9, 9)
-    module = masked(nn.Sequential(fc, nn.Flatten(), fc))
+    module = masked(nn.Sequential(fc, nn.Tanh(), fc))
     packed = pack(module, torch.randn(2, 9))
     assert [layer.layer for layer in packed.layers] == ["0", "0"]
     assert len(list(packed.buffers())) == 2

@@ -34,7 +34,7 @@ def test_runs_of_layers_in_one_call_give_the_same(
     packed = pack(module, tuple(torch.randn(1, *shape) for shape in shapes))
     assert_same(packed, module, *shapes)
     chained = [layer for layer in packed.layers if layer.kernel.startswith("sparse_chain")]
-    assert len(chained) == {"mlp": 3, "separable": 3, "transformer": 4, "resnet": 4}.get(
+    assert len(chained) == {"mlp": 3, "separable": 3, "transformer": 4, "resnet": 6}.get(
         name, len(chained)
     )
 

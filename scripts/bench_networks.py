@@ -1,0 +1,217 @@
+"""Whole networks: packed beside their dense twin, torch eager and torch.compile.
+
+    python scripts/bench_networks.py --json FILE
+
+Masks keep the largest weights; accuracy is not the question here. Each packed network's output is
+checked against its masked module's first. All take turns, round by round; medians in milliseconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nas.latency import interleaved
+from nas.masks import attach, bake
+from nas.packing import PackedNetwork, pack
+from nas.provenance import provenance
+from nas.sparsity import Unstructured
+from search_spaces.cell import cell
+from search_spaces.sparsified import resnet
+
+SECONDS, ROUNDS = 0.3, 11
+TOLERANCE = 1e-4  # of the largest output
+
+
+def convolution(
+    channels: int, out: int, kernel: int, stride: int = 1, groups: int = 1
+) -> nn.Module:
+    """A convolution that keeps the size at stride 1, and its batch norm."""
+    conv = nn.Conv2d(channels, out, kernel, stride, kernel // 2, groups=groups, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(out))
+
+
+def mobilenet_v1() -> nn.Module:
+    """Howard et al. 1704.04861, width 1."""
+    plan = [(64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5]
+    layers, channels = [convolution(3, 32, 3, 2), nn.ReLU()], 32
+    for out, stride in (*plan, (1024, 2), (1024, 1)):
+        layers += [convolution(channels, channels, 3, stride, channels), nn.ReLU()]
+        layers += [convolution(channels, out, 1), nn.ReLU()]
+        channels = out
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1024, 1000))
+
+
+class Inverted(nn.Module):
+    """The block of MobileNet-v2."""
+
+    def __init__(self, channels: int, out: int, stride: int, expand: int) -> None:
+        super().__init__()
+        wide = channels * expand
+        widen = [convolution(channels, wide, 1), nn.ReLU6()] if expand > 1 else []
+        between = [convolution(wide, wide, 3, stride, wide), nn.ReLU6()]
+        self.layers = nn.Sequential(*widen, *between, convolution(wide, out, 1))
+        self.adds = stride == 1 and channels == out
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, channels, H, W) to (N, out, H / stride, W / stride)."""
+        return x + self.layers(x) if self.adds else self.layers(x)
+
+
+def mobilenet_v2() -> nn.Module:
+    """Sandler et al. 1801.04381, width 1."""
+    plan = [(1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1)]
+    layers, channels = [convolution(3, 32, 3, 2), nn.ReLU6()], 32
+    for expand, out, count, stride in (*plan, (6, 160, 3, 2), (6, 320, 1, 1)):
+        for i in range(count):
+            layers.append(Inverted(channels, out, stride if i == 0 else 1, expand))
+            channels = out
+    layers += [convolution(320, 1280, 1), nn.ReLU6(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(1280, 1000))
+
+
+def residual(depth: int) -> nn.Module:
+    """The residual network for CIFAR."""
+    space = resnet((3, 32, 32), 10, depth=depth)
+    return space.build(space.largest(), masked=False)
+
+
+def cells() -> nn.Module:
+    """A DARTS network, C = 36 and 8 cells, its edges drawn."""
+    space = cell((3, 32, 32), 10, cells=8, channels=36)
+    return space.build(space.sample(np.random.default_rng(0)), masked=False)
+
+
+def transformer() -> nn.Module:
+    """Four encoder layers of width 256 on 64 tokens."""
+    layer = nn.TransformerEncoderLayer(256, 4, 1024, batch_first=True, norm_first=True)
+    return nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, its input, and which of its weights are masked."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    masks: Callable[[nn.Parameter], bool]
+
+
+def pointwise(weight: nn.Parameter) -> bool:
+    """Of a 1x1 convolution."""
+    return weight.dim() == 4 and weight.shape[2:] == (1, 1)
+
+
+def inner(weight: nn.Parameter) -> bool:
+    """Of any layer but one that reads pixels."""
+    return weight.dim() > 1 and weight.shape[1] > 3
+
+
+IMAGE, SMALL = (3, 224, 224), (3, 32, 32)
+CASES = (
+    Case("mobilenet-v1", mobilenet_v1, IMAGE, pointwise),
+    Case("mobilenet-v2", mobilenet_v2, IMAGE, pointwise),
+    Case("resnet-20", lambda: residual(20), SMALL, inner),
+    Case("resnet-56", lambda: residual(56), SMALL, inner),
+    Case("darts-cells", cells, SMALL, pointwise),
+    Case("transformer", transformer, (64, 256), inner),
+)
+
+
+def arguments() -> argparse.Namespace:
+    """The options."""
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    p.add_argument("--only", nargs="*", choices=[case.name for case in CASES])
+    p.add_argument("--sparsity", type=float, nargs="+", default=[0.7, 0.8, 0.9])
+    p.add_argument("--batch", type=int, default=1)
+    p.add_argument("--threads", type=int, default=1)
+    p.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    p.add_argument("--explain", action="store_true", help="print what each layer got")
+    p.add_argument("--json", type=Path)
+    return p.parse_args()
+
+
+def main() -> int:
+    """Measure every network; 1 if an output was wrong."""
+    given = arguments()
+    torch.set_num_threads(given.threads)
+    rows = []
+    for case in CASES:
+        if given.only is None or case.name in given.only:
+            rows += measured(case, given)
+    if given.json:
+        given.json.parent.mkdir(parents=True, exist_ok=True)
+        found = {"machine": provenance("cpu"), "threads": given.threads, "rows": rows}
+        given.json.write_text(json.dumps(found, indent=1) + "\n")
+    return 0 if all(row["correct"] for row in rows) else 1
+
+
+def measured(case: Case, given: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each sparsity."""
+    torch.manual_seed(0)
+    x, module = torch.randn(given.batch, *case.shape), case.make().eval()
+    twin = pack(module, x, kernels="dense", threads=given.threads)
+    compiled = None if given.no_compile else torch.compile(module)
+    rows = []
+    for sparsity in given.sparsity:
+        sparse = masked(case, sparsity)
+        begun = time.perf_counter()
+        packed = pack(sparse, x, threads=given.threads)
+        pack_s = time.perf_counter() - begun
+        row = {"network": case.name, "batch": given.batch, "sparsity": sparsity, "pack_s": pack_s}
+        row |= agreement(packed, sparse, x) | times(packed, twin, module, compiled, x)
+        if given.explain:
+            print(packed.explain())
+        print(json.dumps(row), flush=True)
+        rows.append(row)
+    return rows
+
+
+def masked(case: Case, sparsity: float) -> nn.Module:
+    """The network with masks on the weights that the case names."""
+    torch.manual_seed(0)
+    module = case.make()
+    for path, weight in list(module.named_parameters()):
+        if case.masks(weight):
+            attach(module, path, (Unstructured(sparsity),)).set_scores(weight.detach().abs())
+    return module.eval()
+
+
+@torch.no_grad()
+def agreement(packed: PackedNetwork, module: nn.Module, x: Tensor) -> dict[str, Any]:
+    """Whether both give the same, and how far they lie apart."""
+    right = bake(module)(x)
+    apart = float((packed(x) - right).abs().max() / right.abs().max())
+    kernels = sorted({layer.kernel.partition("[")[0] for layer in packed.layers})
+    return {"correct": apart < TOLERANCE, "apart": apart, "kernels": kernels}
+
+
+@torch.no_grad()
+def times(
+    packed: nn.Module, twin: nn.Module, eager: nn.Module, compiled: Any, x: Tensor
+) -> dict[str, Any]:
+    """Milliseconds of each, and how many times faster the packed network is."""
+    calls = {"packed": packed, "twin": twin, "eager": eager}
+    if compiled is not None:
+        calls["compiled"] = compiled
+    found = interleaved([lambda f=f: f(x) for f in calls.values()], SECONDS, ROUNDS)
+    ms = {name: seconds * 1e3 for name, seconds in zip(calls, found, strict=True)}
+    best = min(ms[name] for name in ("eager", "compiled") if name in ms)
+    return {"ms": ms, "times_twin": ms["twin"] / ms["packed"], "times_torch": best / ms["packed"]}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -79,7 +79,9 @@ static inline void copy_few(float* to, const float* from, int64_t n) {
 static inline void fill_line(float* to, const float* from, int64_t first, int64_t last, int64_t width, int64_t stride) {
   for (int64_t i = 0; i < first; i += V) store(to + i, vf{});
   const int64_t n = last - first;
-  if (stride != 1) {
+  if (stride == 2) {
+    for (int64_t i = 0; i < n; i += V) store(to + first + i, load<2>(from + 2 * i, 2, column<2>(0, n - i), vf{}));
+  } else if (stride != 1) {
     for (int64_t i = 0; i < n; ++i) to[first + i] = from[i * stride];
   } else if (n < V) {
     copy_few(to + first, from, n);

@@ -44,10 +44,15 @@ static void depthwise_plane(const Depthwise& d, const float* x, float* y) {
     const float* from = x + j * d.cols.stride - d.cols.pad;
     const Some lanes = some(0, d.cols.out - j);
     for (int64_t residue = 0; residue < step; ++residue) {
-      int64_t row = residue;
-      for (; row + (R - 1) * step < d.rows.out; row += R * step)
-        depthwise_rows<K, S, R>(d, cols, from, y + j, lanes, row, step);
-      for (; row < d.rows.out; row += step) depthwise_rows<K, S, 1>(d, cols, from, y + j, lanes, row, step);
+      const int64_t count = ceil_pos(d.rows.out - residue, step);
+      if (R == 1 || count < R) {
+        for (int64_t i = 0; i < count; ++i)
+          depthwise_rows<K, S, 1>(d, cols, from, y + j, lanes, residue + i * step, step);
+        continue;
+      }
+      // the last block ends with the plane and may compute some rows a second time
+      for (int64_t i = 0; i < count; i += R)
+        depthwise_rows<K, S, R>(d, cols, from, y + j, lanes, residue + std::min(i, count - R) * step, step);
     }
   }
 }

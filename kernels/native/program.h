@@ -3,6 +3,8 @@
 #pragma once
 #include <alloca.h>
 
+#include <chrono>
+
 #include "depthwise.h"
 #include "linear.h"
 #include "lines.h"
@@ -77,12 +79,22 @@ struct Group {
   }
 };
 
-static void run_program(const Program& p, const float* x, int64_t images, float* y, int threads) {
+static int64_t nanoseconds() {
+  using namespace std::chrono;
+  return duration_cast<std::chrono::nanoseconds>(steady_clock::now().time_since_epoch()).count();
+}
+
+// times: nanoseconds of each step are added, or null
+static void run_program(const Program& p, const float* x, int64_t images, float* y, int threads, int64_t* times) {
   float* arena = p.arena ? scratch.get<float>(kArena, p.arena) : nullptr;
   const Step* steps = at<Step>(&p, static_cast<int64_t>(sizeof(Program) + sizeof(Tensor) * static_cast<size_t>(p.tensors)));
   for (int64_t first = 0; first < images; first += p.images) {
     const Group group{p, x, y, arena, first, std::min<int64_t>(p.images, images - first), threads};
-    for (int i = 0; i < p.steps; i += std::max(1, steps[i].run)) group.run(steps[i]);
+    for (int i = 0; i < p.steps; i += std::max(1, steps[i].run)) {
+      const int64_t begun = times ? nanoseconds() : 0;
+      group.run(steps[i]);
+      if (times) times[i] += nanoseconds() - begun;
+    }
   }
 }
 

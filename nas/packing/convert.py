@@ -8,10 +8,12 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Node
 
+import kernels
 from kernels.network import Graph, Step, X, Y
+from nas.packing import constants
 from nas.packing.layer import Layer, aten
 
 Pair = tuple[int, int]
@@ -40,17 +42,20 @@ class Converter:
     """Takes nodes in order, as long as each can be a step.
 
     Args:
+        module: holds the constants that nodes read.
         x: the node whose value is the program's input.
     """
 
-    def __init__(self, x: Node) -> None:
+    def __init__(self, module: nn.Module, x: Node) -> None:
+        self.module = module
         self.graph = Graph([_shape(x) or (0, 0, 0), (0, 0, 0)])
         self.values: dict[Node, int | _Lazy] = {x: X}
 
     def take(self, node: Node) -> bool:
         """Add the steps of a node whose inputs were taken; False if there are none for it."""
         shape = _shape(node)
-        if shape is None or any(part not in self.values for part in node.all_input_nodes):
+        inputs = [part for part in node.all_input_nodes if part.op != "get_attr"]
+        if shape is None or not inputs or any(part not in self.values for part in inputs):
             return False
         if _writes(node) and (
             len(node.all_input_nodes[0].users) > 1 or self.values[node.all_input_nodes[0]] == X
@@ -118,6 +123,22 @@ class Converter:
                 return None
             padding, value = (-value.start[0], -value.start[1]), value.tensor
         return self._new(shape, "conv2d", value, padding=padding, **walk, **fused)
+
+    def _norm(self, node: Node, shape: tuple[int, int, int]) -> int | None:
+        """Batch norm that no layer took in, as a convolution of every channel by itself."""
+        args: list[Any] = list(node.args)
+        source = self._tensor(args[0])
+        gamma, beta, mean, variance = (constants.value(self.module, part) for part in args[1:5])
+        missing = any(
+            (part is None) != (v is None) for part, v in zip(args[1:3], (gamma, beta), strict=True)
+        )
+        if source is None or mean is None or variance is None or missing or args[5]:
+            return None
+        scale = torch.rsqrt(variance.double() + args[7]) * (1.0 if gamma is None else gamma)
+        shift = (0.0 if beta is None else beta) - mean * scale
+        weight = scale.float().reshape(-1, 1, 1, 1)
+        packed = kernels.pack_conv2d(weight, len(weight))
+        return self._new(shape, "conv2d", source, packed=packed, bias=shift.float())
 
     def _sum(self, node: Node, shape: tuple[int, int, int]) -> int | None:
         if len(node.args) != 2 or node.kwargs or node.args[0] is node.args[1]:
@@ -218,6 +239,7 @@ class Converter:
 
 
 _CONVERTERS: dict[Any, Callable[[Converter, Node, tuple[int, int, int]], int | _Lazy | None]] = {
+    aten.batch_norm.default: Converter._norm,
     aten.max_pool2d.default: Converter._pool,
     aten.avg_pool2d.default: Converter._pool,
     aten.adaptive_avg_pool2d.default: Converter._mean,

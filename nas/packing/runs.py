@@ -71,20 +71,20 @@ def _stretches(module: GraphModule, among: set[Node]) -> list[_Stretch]:
     found: list[_Stretch] = []
     start = 0
     while start < len(nodes):
-        stretch = _images(nodes[start:], among) or _features(nodes[start:], among)
+        stretch = _images(module, nodes[start:], among) or _features(nodes[start:], among)
         if stretch is not None:
             found.append(stretch)
         start += len(stretch.nodes) if stretch else 1
     return found
 
 
-def _images(nodes: list[Node], among: set[Node]) -> _Stretch | None:
+def _images(module: nn.Module, nodes: list[Node], among: set[Node]) -> _Stretch | None:
     """The longest stretch from the first node on that reads one value and gives one."""
-    sources = nodes[0].all_input_nodes
+    sources = [part for part in nodes[0].all_input_nodes if part.op != "get_attr"]
     value = sources[0].meta.get("val") if len(sources) == 1 else None
     if not isinstance(value, Tensor) or value.dim() != 4:
         return None
-    converter, taken, last = Converter(sources[0]), list[Node](), 0
+    converter, taken, last = Converter(module, sources[0]), list[Node](), 0
     for node in nodes:
         layer = isinstance(node.target, Layer)
         if (layer and node not in among) or not converter.take(node):
@@ -174,6 +174,8 @@ def _apart(module: nn.Module, stretch: _Stretch, choices: Mapping[Node, Choice])
     part, env = Graph(), dict[Node, Node]()
     env[stretch.source] = part.placeholder("x")
     for node in stretch.nodes:
+        held = [p for p in node.all_input_nodes if p.op == "get_attr" and p not in env]
+        env |= {constant: part.node_copy(constant) for constant in held}
         env[node] = part.node_copy(node, env.__getitem__)
     part.output(env[stretch.nodes[-1]])
     of = {env[node]: node for node in stretch.nodes}

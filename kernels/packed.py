@@ -40,7 +40,7 @@ def pack_linear(weight: Tensor) -> Packed:
     """
     dense_weight = _weight(weight, "pack_linear", ("out", "in"))
     rows, channels = dense_weight.shape
-    shape = b.Shape(b.LINEAR, rows, channels, (1, 1), 1, _block(dense_weight, 1), _LINEAR_CHUNK)
+    shape = b.Shape(b.LINEAR, rows, channels, (1, 1), 1, _block(dense_weight, 1), _MANY)
     return _packed(dense_weight, shape, _slices(dense_weight))
 
 
@@ -63,7 +63,7 @@ def pack_conv2d(weight: Tensor, groups: int = 1) -> Packed:
         raise ValueError(f"pack_conv2d: the kernel must not be empty, got {height}x{width}")
     flat = dense_weight.reshape(rows, channels * height * width)
     block = _block(flat, groups)
-    chunk = _CONV_CHUNK if height * width > 1 else _POINTWISE_CHUNK
+    chunk = _chunk(flat, height * width)
     shape = b.Shape(b.CONV2D, rows, channels, (height, width), groups, block, chunk)
     return _packed(flat, shape, b.no_slices(0))
 
@@ -116,9 +116,18 @@ def check_blob(data: Tensor) -> None:
     check(data.numpy())
 
 
-# Channels whose panel stays in the first-level cache; the last is of KxK kernels, whose
-# panels reach over several rows.
-_LINEAR_CHUNK, _POINTWISE_CHUNK, _CONV_CHUNK = 256, 256, 32
+_FEW, _SOME, _MANY = 32, 128, 256
+
+
+def _chunk(weight: Weight, taps: int) -> int:
+    """Channels that are worked through before the next.
+
+    Few, so that their pixels stay in the first-level cache (those of a KxK kernel lie in several
+    rows), but so many that a row's sums are not put away and fetched for a few products.
+    """
+    if taps > 1:
+        return _FEW
+    return _SOME if np.count_nonzero(weight) * _SOME >= 8 * weight.size else _MANY
 
 
 def _weight(weight: Tensor, name: str, dims: tuple[str, ...]) -> Weight:

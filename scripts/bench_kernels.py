@@ -1,9 +1,12 @@
 """Times the sparse kernels against PyTorch's dense ones; a wrong result gets no time.
 
-Each case is checked against a float64 reference, then sparse and dense (NCHW and channels-last,
-the faster counts) run in turn, round by round. Prints a table, and writes JSON with --json.
-One thread is timed by its processor time, so that other programs on the machine take nothing
-from the truth but cache; several threads are timed by the clock on the wall.
+Each case is checked against a float64 reference. Then run in turn, round by round: the kernel in
+a program, activations in the program's own layout, timed in the C core; the operator called from
+Python on NCHW; PyTorch's dense (NCHW, channels-last, oneDNN's own layout; the fastest counts) and
+its CSR product. The limit is the core's: the larger of the multiply-adds left over its peak and
+the bytes of non-zeros and activations over the bandwidth of a buffer of that size. Prints a table
+and each class's geometric means, and writes JSON with --json. One thread is timed by its processor
+time, so that other programs take nothing from the truth but cache; several by the clock.
 """
 
 import argparse
@@ -13,9 +16,12 @@ import platform
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +31,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import kernels
 from kernels.native.library import library
+from kernels.network import Graph, Step, X, Y, step_s, write
+from scripts.core_limits import limits
 
 Call = Callable[[], Tensor]
+Clock = Callable[[int], float]  # seconds of so many calls
 ROUNDS, ROUND_S = 25, 0.001
+MARKS = (0.8, 0.9, 0.95)
 
 
 @dataclass(frozen=True)
@@ -52,18 +62,29 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement; times are medians in microseconds, spreads interquartile ranges."""
+    """One measurement; times are medians in microseconds, spreads interquartile ranges.
+
+    Attributes:
+        us: of the kernel, inside the core.
+        call_us: of the operator, called from Python on NCHW.
+        csr_us: of PyTorch's CSR product, where there is one.
+        limit_us: the least that one core could take.
+        ratio: dense_us / us.
+    """
 
     kind: str
     shape: str
     pattern: str
     sparsity: float
-    us: float | None
-    iqr_us: float | None
-    dense_us: float | None
-    dense_iqr_us: float | None
-    ratio: float | None
     correct: bool
+    us: float | None = None
+    iqr_us: float | None = None
+    call_us: float | None = None
+    dense_us: float | None = None
+    dense_iqr_us: float | None = None
+    csr_us: float | None = None
+    limit_us: float | None = None
+    ratio: float | None = None
 
     def as_json(self) -> dict[str, object]:
         """The row with its layer's kind under `class`."""
@@ -71,16 +92,25 @@ class Row:
         return {"class": fields.pop("kind"), **fields}
 
 
+POINTWISE = ((64, 56), (128, 28), (256, 14), (512, 14))
 CASES = (
-    *(Case("conv 1x1", 1, c, c, s) for c, s in ((64, 56), (128, 28), (256, 14), (512, 14))),
-    *(Case("conv 1x1", 1, c, c, s) for c, s in ((36, 32), (72, 16), (144, 8))),
-    Case("conv 1x1", 8, 64, 64, 32),
-    *(Case("conv 3x3", 1, c, c, s, 3) for c, s in ((64, 56), (128, 28), (256, 14))),
-    *(Case("conv 3x3", 8, c, c, s, 3) for c, s in ((16, 32), (32, 16), (64, 8))),
-    Case("conv 3x3", 1, 64, 128, 56, 3, 2),
-    *(Case("depthwise 3x3", n, c, c, s, 3, 1, c) for n, c, s in ((1, 144, 28), (8, 36, 32))),
-    *(Case("linear", 1, c, c) for c in (512, 1024)),
-    *(Case("linear", b, c, c) for b, c in ((4, 512), (16, 512), (64, 512), (128, 1024))),
+    *(Case("conv 1x1", 1, c, c, s) for c, s in POINTWISE),
+    *(Case("conv 1x1 of DARTS", 1, c, c, s) for c, s in ((36, 32), (72, 16), (144, 8))),
+    *(Case("conv 3x3 large", 1, c, c, s, 3) for c, s in ((64, 56), (128, 28))),
+    *(
+        Case("conv 3x3 small", b, c, c, s, 3)
+        for b in (8, 16)
+        for c, s in ((16, 32), (32, 16), (64, 8))
+    ),
+    Case("conv 3x3 stride 2", 1, 64, 128, 56, 3, 2),
+    *(
+        Case("depthwise", n, c, c, s, k, 1, c)
+        for k in (3, 5)
+        for n, c, s in ((1, 144, 28), (8, 36, 32))
+    ),
+    *(Case("linear, batch 1", 1, c, c) for c in (512, 1024, 2048, 4096)),
+    *(Case("linear, batch 16", 16, c, c) for c in (512, 1024, 2048)),
+    *(Case("linear, batch 128", 128, c, c) for c in (512, 1024)),
 )
 
 
@@ -90,12 +120,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     machine = _machine(args.threads)
     print("  ".join(f"{key} {value}" for key, value in machine.items()))
-    print(f"{'layer':38} {'pattern':12} {'zeros':>5} {'us':>8} {'dense us':>9} {'ratio':>6}")
+    print(HEAD)
     rows = []
     with torch.inference_mode():
         for case, pattern, sparsity in _plan(args.sparsity, args.only):
             rows.append(_measure(case, pattern, sparsity))
             print(_line(rows[-1]), flush=True)
+    print(*means(rows), sep="\n")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         found = {"machine": machine, "rows": [row.as_json() for row in rows]}
@@ -107,7 +138,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=["cpu"], default="cpu")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.8, 0.9, 0.95])
+    parser.add_argument("--sparsity", type=float, nargs="+", default=list(MARKS))
     parser.add_argument("--only", default="", help="cases whose name holds this")
     parser.add_argument("--json", type=Path)
     return parser.parse_args(arguments)
@@ -115,7 +146,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _plan(sparsities: Sequence[float], only: str) -> Iterator[tuple[Case, str, float]]:
     for case in CASES:
-        for pattern in ("unstructured", "4x1") if case.groups == 1 else ("unstructured",):
+        if case.groups > 1:
+            if only in f"{case.kind} {case} dense":
+                yield case, "dense", 0.0
+            continue
+        for pattern in ("unstructured", "4x1"):
             for sparsity in sparsities:
                 if only in f"{case.kind} {case} {pattern}":
                     yield case, pattern, sparsity
@@ -141,18 +176,67 @@ def _machine(threads: int) -> dict[str, str | int]:
 def _measure(case: Case, pattern: str, sparsity: float) -> Row:
     torch.manual_seed(0)
     x, weight, bias = _tensors(case, pattern, sparsity)
-    sparse, dense = _contenders(case, x, weight, bias)
-    correct = _correct(case, x, weight, bias, sparse())
-    if not correct:
-        return Row(case.kind, str(case), pattern, sparsity, None, None, None, None, None, False)
-    times = _interleave([sparse, *dense])
-    us, iqr = _median_iqr(times[0])
-    dense_us, dense_iqr = min(_median_iqr(series) for series in times[1:])
-    us, iqr, dense_us, dense_iqr = (round(v, 2) for v in (us, iqr, dense_us, dense_iqr))
-    ratio = round(dense_us / us, 2)
-    return Row(
-        case.kind, str(case), pattern, sparsity, us, iqr, dense_us, dense_iqr, ratio, correct
-    )
+    call, dense, csr = _contenders(case, x, weight, bias)
+    inside = _inside(case, x, weight, bias)
+    results = [call(), inside.result()]
+    if not all(_correct(case, x, weight, bias, y) for y in results):
+        return Row(case.kind, str(case), pattern, sparsity, False)
+    clocks = [inside.clock, *map(_clock, [call, *csr, *dense])]
+    times = [_median_iqr(series) for series in _interleave(clocks)]
+    us, iqr = times[0]
+    dense_us, dense_iqr = min(times[2 + len(csr) :])
+    found = {
+        "us": us,
+        "iqr_us": iqr,
+        "call_us": times[1][0],
+        "dense_us": dense_us,
+        "dense_iqr_us": dense_iqr,
+        "csr_us": times[2][0] if csr else None,
+        "limit_us": _limit(case, weight, x, results[0]),
+        "ratio": dense_us / us,
+    }
+    rounded = {k: None if v is None else round(v, 2) for k, v in found.items()}
+    return Row(case.kind, str(case), pattern, sparsity, True, **rounded)
+
+
+def _limit(case: Case, weight: Tensor, x: Tensor, y: Tensor) -> float | None:
+    if library() is None:
+        return None
+    kept = int(torch.count_nonzero(weight))
+    positions = y.numel() // case.outputs
+    return limits().least_us(kept * positions, 4.0 * (kept + x.numel() + y.numel()))
+
+
+class _Inside:
+    """A layer inside a program, between two steps that bring its activations in and out."""
+
+    def __init__(self, graph: Graph, x: Tensor, tail: list[int]) -> None:
+        self.program, self.x, self.tail = write(graph), x, tail
+        self.step = 1 if len(graph.steps) > 1 else 0
+
+    def result(self) -> Tensor:
+        """What the program gives."""
+        return torch.ops.sparse_nas.sparse_chain(self.x, self.program, self.tail)
+
+    def clock(self, count: int) -> float:
+        """Seconds that the layer takes in so many calls."""
+        return step_s(self.x, self.program, self.tail, count)[self.step]
+
+
+def _inside(case: Case, x: Tensor, weight: Tensor, bias: Tensor) -> _Inside:
+    if not case.size:
+        packed = kernels.pack_linear(weight)
+        step = Step("linear", X, Y, packed=packed, bias=bias)
+        graph = Graph([(case.inputs, 1, 1), (case.outputs, 1, 1)], steps=[step])
+        return _Inside(graph, x, [case.outputs])
+    size = (case.size - 1) // case.stride + 1
+    given, gives = (case.inputs, case.size, case.size), (case.outputs, size, size)
+    packed, pair = kernels.pack_conv2d(weight, case.groups), (case.kernel, case.kernel)
+    pad, stride = (case.kernel // 2,) * 2, (case.stride,) * 2
+    walk: dict[str, Any] = {"kernel": pair, "padding": pad, "stride": stride}
+    steps = [Step("map", X, 2), Step("conv2d", 2, 3, packed=packed, bias=bias, **walk)]
+    graph = Graph([given, gives, given, gives], steps=[*steps, Step("map", 3, Y)])
+    return _Inside(graph, x, list(gives))
 
 
 def _tensors(case: Case, pattern: str, sparsity: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -165,24 +249,58 @@ def _tensors(case: Case, pattern: str, sparsity: float) -> tuple[Tensor, Tensor,
     return torch.randn(shape), weight, torch.randn(case.outputs)
 
 
-def _contenders(case: Case, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Call, list[Call]]:
+def _contenders(
+    case: Case, x: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Call, list[Call], list[Call]]:
+    """The sparse operator, PyTorch's dense ones, and its sparse one where there is any."""
     if not case.size:
         data, linear = kernels.pack_linear(weight).data, torch.ops.sparse_nas.sparse_linear
-        return lambda: linear(x, data, bias, case.outputs), [lambda: F.linear(x, weight, bias)]
+        csr, xt = _csr(weight), x.t().contiguous()
+        dense = [lambda: F.linear(x, weight, bias), *_prepacked_linear(x, weight, bias)]
+        return lambda: linear(x, data, bias, case.outputs), dense, [lambda: csr @ xt]
     data, conv = kernels.pack_conv2d(weight, case.groups).data, torch.ops.sparse_nas.sparse_conv2d
-    pad = (case.kernel // 2,) * 2
-    stride, sizes = (case.stride,) * 2, (case.kernel,) * 2
+    pad, stride, sizes = (case.kernel // 2,) * 2, (case.stride,) * 2, (case.kernel,) * 2
     last = torch.channels_last
-    xs = (x, x.to(memory_format=last))
-    weights = (weight, weight.to(memory_format=last))
+    tensors = [(x, weight), (x.to(memory_format=last), weight.to(memory_format=last))]
 
     def sparse() -> Tensor:
         return conv(x, data, bias, case.outputs, sizes, stride, pad, (1, 1), case.groups)
 
-    def dense(i: int) -> Call:
-        return lambda: F.conv2d(xs[i], weights[i], bias, stride, pad, 1, case.groups)
+    def plain(xs: Tensor, ws: Tensor) -> Tensor:
+        return F.conv2d(xs, ws, bias, stride, pad, 1, case.groups)
 
-    return sparse, [dense(0), dense(1)]
+    calls: list[Call] = [partial(plain, *pair) for pair in tensors]
+    calls += _prepacked_conv(case, x, weight, bias)
+    if case.kernel > 1 or case.groups > 1:
+        return sparse, calls, []
+    csr, pixels = _csr(weight.flatten(1)), x.transpose(0, 1).flatten(1).contiguous()
+    return sparse, calls, [lambda: csr @ pixels]
+
+
+def _csr(weight: Tensor) -> Tensor:
+    with warnings.catch_warnings(action="ignore"):  # that CSR is in beta
+        return weight.to_sparse_csr()
+
+
+def _prepacked_conv(case: Case, x: Tensor, weight: Tensor, bias: Tensor) -> list[Call]:
+    """OneDNN with its weights in its own layout, as `torch.compile` may call it."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return []
+    pad, stride = [case.kernel // 2] * 2, [case.stride] * 2
+    walk: list[Any] = [pad, stride, [1, 1], case.groups]
+    ours = torch.ops.mkldnn._reorder_convolution_weight
+    held = ours(weight, *walk, list(x.shape))
+    run = torch.ops.mkldnn._convolution_pointwise
+    xs = x.to(memory_format=torch.channels_last)
+    return [lambda: run(xs, held, bias, *walk, "none", [], "")]
+
+
+def _prepacked_linear(x: Tensor, weight: Tensor, bias: Tensor) -> list[Call]:
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return []
+    held = torch.ops.mkldnn._reorder_linear_weight(weight, x.shape[0])
+    run = torch.ops.mkldnn._linear_pointwise
+    return [lambda: run(x, held, bias, "none", [], "")]
 
 
 def _correct(case: Case, x: Tensor, weight: Tensor, bias: Tensor, y: Tensor) -> bool:
@@ -195,21 +313,25 @@ def _correct(case: Case, x: Tensor, weight: Tensor, bias: Tensor, y: Tensor) -> 
     return bool((y - true).abs().max() <= 1e-5 * true.abs().max().clamp(min=1))
 
 
-def _interleave(calls: Sequence[Call]) -> list[list[float]]:
+def _clock(call: Call) -> Clock:
+    return lambda count: _time(call, count)
+
+
+def _interleave(clocks: Sequence[Clock]) -> list[list[float]]:
     """Microseconds a call, by contender and round."""
-    repeats = [_repeats(call) for call in calls]
-    times: list[list[float]] = [[] for _ in calls]
+    repeats = [_repeats(clock) for clock in clocks]
+    times: list[list[float]] = [[] for _ in clocks]
     gc.disable()
     for _ in range(ROUNDS):
-        for call, count, series in zip(calls, repeats, times, strict=True):
-            series.append(_time(call, count) / count * 1e6)
+        for clock, count, series in zip(clocks, repeats, times, strict=True):
+            series.append(clock(count) / count * 1e6)
     gc.enable()
     return times
 
 
-def _repeats(call: Call) -> int:
-    _time(call, 2)
-    return max(1, round(ROUND_S / min(_time(call, 2) / 2 for _ in range(3))))
+def _repeats(clock: Clock) -> int:
+    clock(2)
+    return max(1, round(ROUND_S / min(clock(2) / 2 for _ in range(3))))
 
 
 def _time(call: Call, count: int) -> float:
@@ -225,14 +347,37 @@ def _median_iqr(series: Sequence[float]) -> tuple[float, float]:
     return middle, high - low
 
 
+HEAD = (
+    f"{'layer':42} {'pattern':12} {'zeros':>5} {'us':>8} {'call us':>8} {'dense us':>9} "
+    f"{'ratio':>6} {'csr us':>8} {'of limit':>8}"
+)
+
+
 def _line(row: Row) -> str:
     name = f"{row.kind} {row.shape}"
     if not row.correct:
-        return f"{name:38} {row.pattern:12} {row.sparsity:5.2f} WRONG RESULT, not timed"
+        return f"{name:42} {row.pattern:12} {row.sparsity:5.2f} WRONG RESULT, not timed"
+    csr = "-" if row.csr_us is None else f"{row.csr_us:.1f}"
+    share = "-" if row.limit_us is None else f"{row.limit_us / (row.us or 1):.0%}"
     return (
-        f"{name:38} {row.pattern:12} {row.sparsity:5.2f} {row.us:8.1f} "
-        f"{row.dense_us:9.1f} {row.ratio:5.2f}x"
+        f"{name:42} {row.pattern:12} {row.sparsity:5.2f} {row.us:8.1f} {row.call_us:8.1f} "
+        f"{row.dense_us:9.1f} {row.ratio:5.2f}x {csr:>8} {share:>8}"
     )
+
+
+def means(rows: Sequence[Row]) -> list[str]:
+    """For each class and pattern the geometric mean of its ratios, by sparsity."""
+    found: dict[str, dict[float, list[float]]] = {}
+    for row in rows:
+        if row.ratio is not None:
+            by = found.setdefault(f"{row.kind}, {row.pattern}", {})
+            by.setdefault(row.sparsity, []).append(row.ratio)
+    return [
+        f"{name:42} "
+        + " / ".join(f"{statistics.geometric_mean(by[s]):.2f}" for s in sorted(by))
+        + f" x at {' / '.join(f'{s:g}' for s in sorted(by))}"
+        for name, by in found.items()
+    ]
 
 
 if __name__ == "__main__":

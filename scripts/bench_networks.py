@@ -202,7 +202,8 @@ def agreement(packed: PackedNetwork, module: nn.Module, x: Tensor) -> dict[str, 
     right = bake(module)(x)
     apart = float((packed(x) - right).abs().max() / right.abs().max())
     kernels = sorted({layer.kernel.partition("[")[0] for layer in packed.layers})
-    return {"correct": apart < TOLERANCE, "apart": apart, "kernels": kernels}
+    notes = [*packed.notes, *([packed.whole] if packed.whole else [])]
+    return {"correct": apart < TOLERANCE, "apart": apart, "kernels": kernels, "notes": notes}
 
 
 @torch.no_grad()

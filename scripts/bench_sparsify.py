@@ -35,7 +35,6 @@ from nas.run import Point
 from search_spaces.sparsified import resnet
 from strategies.random_search import RandomSearch
 
-WEIGHTS = "resnet20_cifar10.safetensors"
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TRAINED_ON, HELD_OUT, TESTED_ON = 4000, 2000, 2000
 LENGTH, FEATURES = 8, 8
@@ -127,15 +126,20 @@ def main() -> None:
         given.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def resnet20(data: Path) -> Case:
-    """The trained ResNet-20; its validation images were among those it was first trained on."""
-    described = resnet((3, 32, 32), 10, depth=20)
+def trained(data: Path, depth: int) -> nn.Module:
+    """The residual network of `resnet20_cifar10.safetensors`, or another depth's."""
+    described, file = resnet((3, 32, 32), 10, depth=depth), f"resnet{depth}_cifar10.safetensors"
     model = described.build(described.largest(), masked=False)
-    missing, unexpected = model.load_state_dict(load_file(data / WEIGHTS), strict=False)
+    missing, unexpected = model.load_state_dict(load_file(data / file), strict=False)
     wrong = [name for name in missing if not name.endswith("num_batches_tracked")] + unexpected
     if wrong:
-        raise ValueError(f"{WEIGHTS}: does not fit a ResNet-20: {wrong}")
-    train, test = read_cifar10(data)
+        raise ValueError(f"{file}: does not fit a ResNet-{depth}: {wrong}")
+    return model
+
+
+def resnet20(data: Path) -> Case:
+    """The trained ResNet-20; its validation images were among those it was first trained on."""
+    model, (train, test) = trained(data, 20), read_cifar10(data)
     return Case(
         "resnet20",
         model,

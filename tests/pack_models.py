@@ -181,7 +181,7 @@ def prefer(monkeypatch: pytest.MonkeyPatch, rank: Callable[[Kernel], float]) -> 
     A whole network is faster with its chosen kernels than dense.
     """
 
-    def time_us(candidates: list[Kernel], x: Tensor) -> list[float]:
+    def time_us(candidates: list[Kernel], x: Tensor, seconds: float = 0.0) -> list[float]:
         return [rank(kernel) for kernel in candidates]
 
     def whole(networks: list[Callable[[], Tensor]], seconds: float, rounds: int) -> list[float]:

@@ -73,7 +73,7 @@ def library_path(isa: str) -> Path:
     """The file of this source, compiled by this compiler with these flags for this machine."""
     command = compiler()
     version = _run([*command, "--version"])
-    digest = hashlib.sha256("\n".join([*command, version, *_arguments(isa)]).encode())
+    digest = hashlib.sha256("\n".join([*command, version, *arguments(isa)]).encode())
     digest.update(platform.machine().encode())
     for source in sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp")]):
         digest.update(source.name.encode() + source.read_bytes())
@@ -106,11 +106,12 @@ def build(isa: str) -> Path:
 def _compile(isa: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
-        _run([*compiler(), *_arguments(isa), str(SOURCES / "sparse_nas.cpp"), "-o", str(made)])
+        _run([*compiler(), *arguments(isa), str(SOURCES / "sparse_nas.cpp"), "-o", str(made)])
         made.replace(path)
 
 
-def _arguments(isa: str) -> list[str]:
+def arguments(isa: str) -> list[str]:
+    """The compiler's flags for an instruction set."""
     return [*_FLAGS, *_ISA_FLAGS[isa], f"-DSN_LANES={LANES[isa]}"]
 
 

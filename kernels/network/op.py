@@ -3,14 +3,13 @@
 import ctypes
 from collections.abc import Sequence
 from functools import partial
-from statistics import median
 
 from torch import Tensor, get_num_threads
 
 from kernels import calls
 from kernels.native.library import library
 from kernels.network import reference
-from kernels.network.program import read, tails, validate
+from kernels.network.program import read, step_count, tails, validate
 
 SCHEMA = "sparse_chain(Tensor x, Tensor program, int[] out_tail) -> Tensor"
 _Three, _Four = ctypes.c_int64 * 3, ctypes.c_int64 * 4
@@ -31,8 +30,8 @@ def _run(x: Tensor, program: Tensor, out_tail: Sequence[int]) -> Tensor:
     return y
 
 
-def step_us(x: Tensor, program: Tensor, out_tail: Sequence[int], rounds: int = 9) -> list[float]:
-    """Median microseconds of each step of a program, taken inside the core.
+def step_s(x: Tensor, program: Tensor, out_tail: Sequence[int], calls: int = 1) -> list[float]:
+    """Seconds that each step of a program takes in so many calls, taken inside the core.
 
     A step that runs as part of another (a linear layer behind a linear layer) takes 0.
 
@@ -41,16 +40,13 @@ def step_us(x: Tensor, program: Tensor, out_tail: Sequence[int], rounds: int = 9
     """
     y, lib = _run(x, program, out_tail), library()
     if lib is None:
-        raise RuntimeError("step_us: needs the compiled core, kernels run as plain PyTorch here")
+        raise RuntimeError("step_s: needs the compiled core, kernels run as plain PyTorch here")
     _, sizes, tail = _shapes(x, out_tail)
-    x, steps = x.contiguous(), len(read(program).steps)
+    x, times = x.contiguous(), (ctypes.c_int64 * step_count(program))()
     pointers = (x.data_ptr(), sizes, program.data_ptr(), program.numel(), y.data_ptr(), tail)
-    found = []
-    for _ in range(rounds):
-        times = (ctypes.c_int64 * steps)()
+    for _ in range(calls):
         lib.chain(*pointers, get_num_threads(), times)
-        found.append(list(times))
-    return [median(taken) / 1e3 for taken in zip(*found, strict=True)]
+    return [taken / 1e9 for taken in times]
 
 
 def _shapes(x: Tensor, out_tail: Sequence[int]) -> tuple[tuple[int, ...], object, object]:

@@ -231,3 +231,8 @@ def tails(program: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(channels, height, width) of x and of y of a checked program."""
     graph = read(program)
     return graph.shapes[X], graph.shapes[Y]
+
+
+def step_count(program: Tensor) -> int:
+    """The number of steps of a checked program."""
+    return int(program.numpy()[: _HEAD.itemsize].view(_HEAD)[0]["steps"])

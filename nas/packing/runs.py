@@ -17,6 +17,8 @@ from nas.packing.lower import Placement, lower
 from nas.packing.straight import straight
 from nas.packing.tune import Choice, as_dense, close, time_us
 
+SECONDS = 0.05
+
 
 @dataclass(frozen=True)
 class Run:
@@ -165,7 +167,7 @@ class _Finder(Interpreter):
         if not close(stretch.kernel(x), _apart(module, stretch, dense)(x.clone())):
             return []
         apart = _apart(module, stretch, self.choices)
-        apart_us, us = time_us([apart, stretch.kernel], x)
+        apart_us, us = time_us([apart, stretch.kernel], x, SECONDS)
         return [Run(nodes, stretch.source, stretch.kernel, us, apart_us)] if us < apart_us else []
 
 

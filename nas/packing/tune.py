@@ -69,10 +69,10 @@ def as_dense(choice: Choice) -> Choice:
     return replace(choice, kernel=dense_kernel(choice.layer), us=choice.dense_us)
 
 
-def time_us(candidates: list[Kernel], x: Tensor) -> list[float]:
-    """Median microseconds of each candidate on `x`, timed turn by turn."""
+def time_us(candidates: list[Kernel], x: Tensor, seconds: float = SECONDS) -> list[float]:
+    """Median microseconds of each candidate on `x`, timed turn by turn for so long."""
     calls = [lambda kernel=kernel: kernel(x) for kernel in candidates]
-    return [seconds * 1e6 for seconds in interleaved(calls, SECONDS, ROUNDS)]
+    return [taken * 1e6 for taken in interleaved(calls, seconds, ROUNDS)]
 
 
 def difference(layer: Layer, x: Tensor, expected: Tensor, result: Tensor) -> str:

@@ -26,7 +26,8 @@ def test_a_measured_row_names_layer_machine_and_spread(tmp_path: Path) -> None:
     found = json.loads(file.read_text())
     assert found["machine"].keys() == {"cpu", "threads", "torch", "isa", "clock"}
     (row,) = found["rows"]
-    assert (row["class"], row["pattern"], row["sparsity"]) == ("conv 1x1", "unstructured", 0.9)
+    kind, pattern = row["class"], row["pattern"]
+    assert (kind, pattern, row["sparsity"]) == ("conv 1x1 of DARTS", "unstructured", 0.9)
     assert row["correct"] and row["us"] > 0 and row["iqr_us"] >= 0
     assert row["ratio"] == pytest.approx(row["dense_us"] / row["us"], abs=0.01)
 
@@ -36,9 +37,9 @@ def test_a_wrong_result_gets_no_time(
 ) -> None:
     contenders = bench_kernels._contenders
 
-    def wrong(*arguments: Any) -> tuple[bench_kernels.Call, list[bench_kernels.Call]]:
-        sparse, dense = contenders(*arguments)
-        return (lambda: sparse() * 1.001), dense
+    def wrong(*arguments: Any) -> tuple[bench_kernels.Call, *tuple[list[bench_kernels.Call], ...]]:
+        sparse, *rest = contenders(*arguments)
+        return (lambda: sparse() * 1.001), *rest
 
     monkeypatch.setattr(bench_kernels, "_contenders", wrong)
     assert bench_kernels.main(SMALL) == 1

@@ -2,8 +2,8 @@
 
     python scripts/bench_pruned.py --data DIR --json FILE
 
-DIR holds CIFAR-10 and `resnet20_cifar10.safetensors` and `resnet56_cifar10.safetensors`. The packed
-network's predictions are compared with the masked one's on the whole test set; they may differ only
+DIR holds CIFAR-10, `resnet20_cifar10.safetensors` and `resnet56_cifar10.safetensors`. The packed
+predictions are compared with the masked ones on the whole test set; they may differ only
 where two classes tie within rounding.
 """
 

@@ -163,7 +163,7 @@ def _block(weight: Weight, groups: int) -> int:
     if not rows or not columns or rows // groups % 4:
         return 1
     blocks = int((weight.reshape(rows // 4, 4, columns) != 0).any(1).sum())
-    return 4 if blocks and 8 * blocks <= 3 * np.count_nonzero(weight) else 1
+    return 4 if blocks and 12 * blocks <= 5 * np.count_nonzero(weight) else 1
 
 
 def _entries(weight: Weight, shape: b.Shape) -> b.Entries:

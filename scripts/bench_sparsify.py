@@ -202,7 +202,7 @@ def checked(case: Case, point: Point) -> dict[str, Any]:
         "agreement": agrees,
         "error": {"reported": point.metrics["error"], "packed": error(given, y)},
         "test_error": tested(case, packed),
-        "latency_ms": latency(point, packed, x[:1]),
+        "latency_ms": latency(point, packed, pack(module, x[:1], kernels="dense"), x[:1]),
         "kernels": dict(Counter(layer.kernel for layer in packed.layers)),
         "notes": list(packed.notes),
         "whole": packed.whole,
@@ -227,10 +227,10 @@ def agreement(masked: Tensor, packed: Tensor) -> dict[str, Any]:
     return {"max_abs_difference": apart, "largest": scale, "differ_at_ties": int(differ.sum())}
 
 
-def latency(point: Point, packed: PackedNetwork, x: Tensor) -> dict[str, Any]:
-    """The latency that the run reported and one measured now, each with its spread."""
+def latency(point: Point, packed: PackedNetwork, twin: PackedNetwork, x: Tensor) -> dict[str, Any]:
+    """The latency that the run reported and one measured now, each in turn with its twin."""
     reported = point.record.result.details["latency_ms"]
-    again = measure(packed, None, x, threads=1)
+    again = measure(packed, twin, x, threads=1)
     apart, spread = again.median_ms - reported["value"], again.iqr_ms + reported["iqr_ms"]
     return {
         "reported": reported["value"],

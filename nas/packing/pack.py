@@ -51,7 +51,7 @@ def pack(
     Args:
         module: any module; it is left as it is.
         example_input: float32 tensor or a tuple of tensors on the CPU, the batch first.
-        kernels: `auto`, or `dense` for the dense twin: the same path, dense kernels only.
+        kernels: `auto`, or `dense` for the dense twin: the same path, no zero left out.
         threads: torch's threads while measuring; None for those set.
 
     Raises:
@@ -95,9 +95,9 @@ def _from_graph(plain: nn.Module, example: tuple[Tensor, ...], sparse: bool) -> 
     notes = fuse(traced.module, paths)
     choices = _tune(traced.module, example, sparse)
     notes += tuple(choice.note for choice in choices.values() if choice.note)
-    runs = find_runs(traced.module, choices, example) if sparse else []
+    runs = find_runs(traced.module, choices, example, sparse)
     network = _network(traced, choices, runs, notes, example)
-    if runs or any(choice.kernel is choice.sparse for choice in choices.values()):
+    if sparse and (runs or any(c.kernel is c.sparse for c in choices.values())):
         dense = {node: as_dense(choice) for node, choice in choices.items()}
         network = _faster(network, _network(traced, dense, [], notes, example), example)
     _verify(network, plain, example)

@@ -15,7 +15,7 @@ from nas.packing.convert import Converter
 from nas.packing.layer import Kernel, Layer, Step, aten
 from nas.packing.lower import Placement, lower
 from nas.packing.straight import straight
-from nas.packing.tune import Choice, as_dense, close, time_us
+from nas.packing.tune import WORTH_PACKING, Choice, as_dense, close, time_us
 
 SECONDS = 0.05
 
@@ -49,17 +49,21 @@ class _Stretch:
 
 
 def find_runs(
-    module: GraphModule, choices: Mapping[Node, Choice], example: tuple[Tensor, ...]
+    module: GraphModule,
+    choices: Mapping[Node, Choice],
+    example: tuple[Tensor, ...],
+    sparse_too: bool = True,
 ) -> list[Run]:
     """The runs of `module` that are faster in one call, as timed on what reaches them.
 
     The longest are tried first; where one loses, those of its stretches are tried whose layers
-    all chose their sparse kernel.
+    all chose their sparse kernel. Without `sparse_too` layers with zeros to leave out stay out:
+    a dense twin may gain by being one call, not by its zeros.
     """
     right = {node for node, choice in choices.items() if not choice.note}
+    if not sparse_too:
+        right = {node for node in right if choices[node].layer.sparsity < WORTH_PACKING}
     sparse = {node for node in right if choices[node].kernel is choices[node].sparse}
-    if not any(choices[node].sparse for node in right):
-        return []
     candidates = [s for among in (right, sparse) for s in _stretches(module, among)]
     finder = _Finder(module, choices, candidates)
     if candidates:

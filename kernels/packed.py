@@ -63,7 +63,7 @@ def pack_conv2d(weight: Tensor, groups: int = 1) -> Packed:
         raise ValueError(f"pack_conv2d: the kernel must not be empty, got {height}x{width}")
     flat = dense_weight.reshape(rows, channels * height * width)
     block = _block(flat, groups)
-    chunk = _chunk(flat, height * width)
+    chunk = _chunk(flat, channels, block) if height * width == 1 else _FEW
     shape = b.Shape(b.CONV2D, rows, channels, (height, width), groups, block, chunk)
     return _packed(flat, shape, b.no_slices(0))
 
@@ -116,18 +116,21 @@ def check_blob(data: Tensor) -> None:
     check(data.numpy())
 
 
-_FEW, _SOME, _MANY = 32, 128, 256
+_FEW, _MANY = 32, 256
+_NEAR = {1: 64, 4: 128}  # channels whose pixels, 8 or 4 vectors of them, fill a cache of 32 KiB
+_PRODUCTS = 12
 
 
-def _chunk(weight: Weight, taps: int) -> int:
+def _chunk(weight: Weight, channels: int, block: int) -> int:
     """Channels that are worked through before the next.
 
     Few, so that their pixels stay in the first-level cache (those of a KxK kernel lie in several
     rows), but so many that a row's sums are not put away and fetched for a few products.
     """
-    if taps > 1:
-        return _FEW
-    return _SOME if np.count_nonzero(weight) * _SOME >= 8 * weight.size else _MANY
+    most = _NEAR[block]
+    while most < _MANY and np.count_nonzero(weight) * most < _PRODUCTS * weight.size:
+        most *= 2
+    return max(1, -(-channels // max(1, round(channels / most))))
 
 
 def _weight(weight: Tensor, name: str, dims: tuple[str, ...]) -> Weight:

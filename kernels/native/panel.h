@@ -42,20 +42,21 @@ static inline void open(Tile<R, N>& acc, const Rows& w, int chunk, int row, cons
 // the slow way out: sums that need an activation, or whose lanes scatter
 template <class Store>
 static __attribute__((noinline)) void finish(int activation, int row, int rows, int vectors, float* sums,
-                                             const Store& out) {
+                                             const Store out) {
   if (activation) activate_all(sums, rows * vectors, activation);
   for (int r = 0; r < rows; ++r, sums += vectors * V)
     for (int v = 0; v < vectors; ++v) out.one(row + r, v, load(sums + v * V));
 }
 
-template <int R, int N, class Store>
+// A: what is done to sums on the way out, known ahead; kOther: asked for here
+enum : int { kOther = kActivations };
+
+template <int A, int R, int N, class Store>
 static inline void close(Tile<R, N>& acc, const Rows& w, int chunk, int row, float* partial, const Store& out) {
   const bool last = chunk + 1 == w.chunks;
-  if (Store::kAtOnce && last && w.activation <= kRelu6) {
-    const vf low = splat(w.activation == kNone ? -std::numeric_limits<float>::infinity() : 0.f);
-    const vf high = splat(w.activation == kRelu6 ? 6.f : std::numeric_limits<float>::infinity());
+  if (A != kOther && last) {
     SN_UNROLL for (int r = 0; r < R; ++r)
-      SN_UNROLL for (int v = 0; v < N; ++v) out.one(row + r, v, vmin(vmax(acc[r][v], low), high));
+      SN_UNROLL for (int v = 0; v < N; ++v) out.one(row + r, v, activate(acc[r][v], A));
     return;
   }
   SN_UNROLL for (int r = 0; r < R; ++r)
@@ -96,7 +97,7 @@ static inline void add_blocks(Tile<4, N>& acc, const Rows& w, const int32_t* sta
   }
 }
 
-template <bool Blocks, int R, int N, class Store>
+template <bool Blocks, int R, int N, int A, class Store>
 static inline __attribute__((always_inline)) void unit_rows(const Rows& w, int chunk, int unit, int row,
                                                             const float* x, float* partial, const Store& out) {
   Tile<R, N> acc;
@@ -104,21 +105,23 @@ static inline __attribute__((always_inline)) void unit_rows(const Rows& w, int c
   open<R, N>(acc, w, chunk, row, partial);
   if constexpr (Blocks) add_blocks<N>(acc, w, start, x);
   else add_rows<R, N>(acc, w, start, x);
-  close<R, N>(acc, w, chunk, row, partial, out);
+  close<A>(acc, w, chunk, row, partial, out);
 }
 
 // units [from, to) on one panel; partial: room for (to - from) * block * N vectors
-template <bool Blocks, int N, class Store>
-static void panel(const Rows& w, int from, int to, const float* x, float* partial, const Store& out) {
+template <bool Blocks, int N, int A, class Store>
+static void panel(const Rows rows, int from, int to, const float* x, float* partial, const Store store_) {
+  const Rows w = rows;  // in registers: nothing that is stored can change it
+  const Store out = store_;
   constexpr int R = Blocks ? 4 : N == 1 ? 4 : N <= 3 ? 2 : 1;
   constexpr int units = Blocks ? 1 : R;
   for (int chunk = 0; chunk < w.chunks; ++chunk) {
     float* part = partial;
     int unit = from;
     for (; unit + units <= to; unit += units, part += R * N * V)
-      unit_rows<Blocks, R, N>(w, chunk, unit, Blocks ? 4 * unit : unit, x, part, out);
+      unit_rows<Blocks, R, N, A>(w, chunk, unit, Blocks ? 4 * unit : unit, x, part, out);
     if constexpr (!Blocks && R > 1)
-      for (; unit < to; ++unit, part += N * V) unit_rows<false, 1, N>(w, chunk, unit, unit, x, part, out);
+      for (; unit < to; ++unit, part += N * V) unit_rows<false, 1, N, A>(w, chunk, unit, unit, x, part, out);
   }
 }
 
@@ -127,11 +130,11 @@ constexpr int kWidestBlocks = V == 16 ? 4 : 2;  // and of blocks: 4 * N accumula
 
 static inline int widest(const Rows& w) { return w.block == 4 ? kWidestBlocks : kWidest; }
 
-template <class Store>
-static void any_panel(const Rows& w, int64_t vectors, int from, int to, const float* x, float* partial,
+template <int A, class Store>
+static void any_width(const Rows& w, int64_t vectors, int from, int to, const float* x, float* partial,
                       const Store& out) {
 #define SN_CASE(B, N) \
-  case N: return panel<B, N>(w, from, to, x, partial, out);
+  case N: return panel<B, N, A>(w, from, to, x, partial, out);
   if (w.block == 4) {
     switch (vectors) { SN_CASE(true, 1) SN_CASE(true, 2)
 #if SN_LANES == 16
@@ -144,6 +147,17 @@ static void any_panel(const Rows& w, int64_t vectors, int from, int to, const fl
     SN_CASE(false, 5) SN_CASE(false, 6) SN_CASE(false, 7) SN_CASE(false, 8)
   }
 #undef SN_CASE
+}
+
+template <class Store>
+static void any_panel(const Rows& w, int64_t vectors, int from, int to, const float* x, float* partial,
+                      const Store& out) {
+  if constexpr (Store::kAtOnce) switch (w.activation) {
+      case kNone: return any_width<kNone>(w, vectors, from, to, x, partial, out);
+      case kRelu: return any_width<kRelu>(w, vectors, from, to, x, partial, out);
+      case kRelu6: return any_width<kRelu6>(w, vectors, from, to, x, partial, out);
+    }
+  any_width<kOther>(w, vectors, from, to, x, partial, out);
 }
 
 // run(begin, end) for vectors [first, last) in even panels

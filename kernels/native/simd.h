@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
 #elif defined(__SSE2__)
@@ -76,6 +77,31 @@ static inline void store(float* p, Some s, vf v) {
 }
 #endif
 
+// every second float of two vectors, from the first or from the second on
+template <int... I>
+static inline vf evens(vf a, vf b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (2 * I)...);
+}
+template <int... I>
+static inline vf odds(vf a, vf b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (2 * I + 1)...);
+}
+template <int K, int... I>
+static inline vf shifted(vf a, vf b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (I + K)...);
+}
+static inline vf evens(vf a, vf b) { return evens(a, b, std::make_integer_sequence<int, V>()); }
+static inline vf odds(vf a, vf b) { return odds(a, b, std::make_integer_sequence<int, V>()); }
+// V floats of two vectors from the K-th on
+template <int K>
+static inline vf shifted(vf a, vf b) {
+#if SN_LANES == 16 && defined(__AVX512F__)
+  return (vf)_mm512_alignr_epi32((__m512i)b, (__m512i)a, K);
+#else
+  return shifted<K>(a, b, std::make_integer_sequence<int, V>());
+#endif
+}
+
 // Lanes [first, last) of every S-th float; S 0: of every `stride`-th.
 template <int S>
 struct Column {
@@ -94,12 +120,7 @@ static inline Column<S> column(int64_t first, int64_t last) {
 template <int S>
 static inline vf load(const float* p, int64_t stride, Column<S> c, vf fill) {
   if constexpr (S == 1) return load(p, c.low, fill);
-#if SN_LANES == 16 && defined(__AVX512F__)
-  if constexpr (S == 2) {
-    const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
-    return (vf)_mm512_permutex2var_ps((__m512)load(p, c.low, fill), even, (__m512)load(p + V, c.high, fill));
-  }
-#endif
+  if constexpr (S == 2) return evens(load(p, c.low, fill), load(p + V, c.high, fill));
   for (int i = c.first; i < c.last; ++i) fill[i] = p[i * stride];
   return fill;
 }
@@ -141,13 +162,14 @@ static inline vf gelu(vf x) {
 
 enum Activation : int { kNone, kRelu, kRelu6, kSilu, kGelu, kActivations };
 
+static __attribute__((noinline)) vf curved(vf x, int kind) { return kind == kSilu ? silu(x) : gelu(x); }
+
 static inline vf activate(vf x, int kind) {
   switch (kind) {
+    case kNone: return x;
     case kRelu: return vmax(x, vf{});
     case kRelu6: return vmin(vmax(x, vf{}), splat(6.f));
-    case kSilu: return silu(x);
-    case kGelu: return gelu(x);
-    default: return x;
+    default: return curved(x, kind);
   }
 }
 

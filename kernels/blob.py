@@ -9,9 +9,12 @@ import numpy.typing as npt
 
 Bytes = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
 
 VERSION = 1
 LINEAR, CONV2D = 1, 2
+DTYPES = {"float32": 0, "bfloat16": 1}
+_NUMPY = ("<f4", "<u2")
 SLICE, WINDOW = 16, 32
 _MAGIC = b"SNWEIGHT"
 _INTS = ("rows", "channels", "kernel_h", "kernel_w", "groups", "block", "chunk", "chunks")
@@ -20,7 +23,7 @@ _SECTIONS = ("starts", "columns", "values")
 _SLICED = ("slice_starts", "slice_bases", "slice_lanes", "slice_values")
 HEADER = np.dtype(
     [("magic", "S8"), ("version", "<i4"), ("operation", "<i4"), ("bytes", "<i8"), ("crc", "<u4")]
-    + [(name, "<i4") for name in (*_INTS, *_COUNTS, "reserved")]
+    + [(name, "<i4") for name in (*_INTS, *_COUNTS, "dtype")]
     + [(name, "<i8") for name in (*_SECTIONS, *_SLICED)]
 )
 
@@ -37,6 +40,7 @@ class Shape:
         groups: groups of a convolution.
         block: rows that share their columns: 1 or 4.
         chunk: input channels that are worked through before the next.
+        dtype: of the values, one of `DTYPES`; sums are always float32.
     """
 
     operation: int
@@ -46,6 +50,7 @@ class Shape:
     groups: int
     block: int
     chunk: int
+    dtype: int = 0
 
     @property
     def taps(self) -> int:
@@ -84,7 +89,7 @@ class Entries:
 
     starts: npt.NDArray[np.int32]
     columns: npt.NDArray[np.int32]
-    values: npt.NDArray[np.float32]
+    values: Floats
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,7 @@ class Slices:
     starts: npt.NDArray[np.int32]
     bases: npt.NDArray[np.int32]
     lanes: npt.NDArray[np.uint8]
-    values: npt.NDArray[np.float32]
+    values: Floats
 
 
 def no_slices(count: int) -> Slices:
@@ -122,16 +127,17 @@ def _offsets(sizes: list[int]) -> tuple[list[int], int]:
 
 def write(shape: Shape, entries: Entries, slices: Slices, nonzeros: int) -> Bytes:
     """The blob as (n,) uint8."""
-    parts: list[npt.NDArray[Any]] = [entries.starts, entries.columns, entries.values]
-    parts += [slices.starts, slices.bases, slices.lanes, slices.values]
+    parts: list[npt.NDArray[Any]] = [entries.starts, entries.columns]
+    parts += [_stored(entries.values, shape), slices.starts, slices.bases, slices.lanes]
+    parts += [_stored(slices.values, shape)]
     offsets, end = _offsets([part.nbytes for part in parts])
     blob = np.zeros(end, np.uint8)
     for part, offset in zip(parts, offsets, strict=True):
         blob[offset : offset + part.nbytes] = np.ascontiguousarray(part).view(np.uint8).ravel()
-    counts = (len(entries.columns), nonzeros, len(slices.starts) - 1, len(slices.bases), 0)
+    counts = (len(entries.columns), nonzeros, len(slices.starts) - 1, len(slices.bases))
     ints = (shape.rows, shape.channels, *shape.kernel, shape.groups, shape.block, shape.chunk)
-    head = (_MAGIC, VERSION, shape.operation, end, 0, *ints, shape.chunks, *counts, *offsets)
-    blob[: HEADER.itemsize] = np.array([head], HEADER).view(np.uint8)
+    head = (_MAGIC, VERSION, shape.operation, end, 0, *ints, shape.chunks, *counts)
+    blob[: HEADER.itemsize] = np.array([(*head, shape.dtype, *offsets)], HEADER).view(np.uint8)
     return seal(blob, 24)
 
 
@@ -167,7 +173,8 @@ def shape_of(blob: Bytes) -> Shape:
     """The `Shape` that a header names; header checked for being one, values not."""
     record = head(blob)
     rows, channels, height, width, groups, block, chunk, _ = (int(record[n]) for n in _INTS)
-    return Shape(int(record["operation"]), rows, channels, (height, width), groups, block, chunk)
+    kernel, dtype = (height, width), int(record["dtype"])
+    return Shape(int(record["operation"]), rows, channels, kernel, groups, block, chunk, dtype)
 
 
 def _section(blob: Bytes, offset: int, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
@@ -175,34 +182,46 @@ def _section(blob: Bytes, offset: int, dtype: str, shape: tuple[int, ...]) -> np
     return blob[offset : offset + size].view(dtype).reshape(shape)
 
 
+def _stored(values: Floats, shape: Shape) -> npt.NDArray[Any]:
+    """Values as they lie in a blob; those of bfloat16 are already rounded."""
+    return values if shape.dtype == 0 else (values.view("<u4") >> 16).astype("<u2")
+
+
+def _values(blob: Bytes, offset: int, dtype: int, shape: tuple[int, ...]) -> Floats:
+    """Values as float32: views where that is how they lie."""
+    held = _section(blob, offset, _NUMPY[dtype], shape)
+    return held if dtype == 0 else (held.astype("<u4") << 16).view("<f4")
+
+
 def entries_of(blob: Bytes) -> Entries:
-    """The non-zeros, as views into a blob that `check` has passed."""
+    """The non-zeros of a blob that `check` has passed; views but for values of bfloat16."""
     record, shape = head(blob), shape_of(blob)
     count = int(record["entries"])
     return Entries(
         _section(blob, record["starts"], "<i4", (shape.chunks * shape.units + 1,)),
         _section(blob, record["columns"], "<i4", (count,)),
-        _section(blob, record["values"], "<f4", (count, shape.block)),
+        _values(blob, record["values"], shape.dtype, (count, shape.block)),
     )
 
 
 def slices_of(blob: Bytes) -> Slices:
-    """The sliced rows, as views into a blob that `check` has passed."""
+    """The sliced rows of a blob that `check` has passed; views as those of `entries_of`."""
     record = head(blob)
     steps = int(record["steps"])
     return Slices(
         _section(blob, record["slice_starts"], "<i4", (int(record["slices"]) + 1,)),
         _section(blob, record["slice_bases"], "<i4", (steps,)),
         _section(blob, record["slice_lanes"], "u1", (steps, SLICE)),
-        _section(blob, record["slice_values"], "<f4", (steps, SLICE)),
+        _values(blob, record["slice_values"], int(record["dtype"]), (steps, SLICE)),
     )
 
 
 def sections(record: Any, shape: Shape) -> tuple[list[int], int]:
     """Where the sections must lie by the header's counts, and the bytes of the whole."""
     entries, steps = int(record["entries"]), int(record["steps"])
-    sizes = [4 * (shape.chunks * shape.units + 1), 4 * entries, 4 * entries * shape.block]
-    sizes += [4 * (int(record["slices"]) + 1), 4 * steps, SLICE * steps, 4 * SLICE * steps]
+    value = np.dtype(_NUMPY[shape.dtype]).itemsize
+    sizes = [4 * (shape.chunks * shape.units + 1), 4 * entries, value * entries * shape.block]
+    sizes += [4 * (int(record["slices"]) + 1), 4 * steps, SLICE * steps, value * SLICE * steps]
     return _offsets(sizes)
 
 

@@ -34,6 +34,7 @@ def check(blob: b.Bytes) -> None:
 
 def _check_shape(record: Any, shape: b.Shape) -> None:
     kernel, linear = shape.kernel, shape.operation == b.LINEAR
+    _rule(shape.dtype in b.DTYPES.values(), "dtype", f"one of {b.DTYPES}", shape.dtype)
     _rule(shape.operation in (b.LINEAR, b.CONV2D), "operation", "1 or 2", shape.operation)
     _rule(shape.rows >= 0 and shape.channels >= 0, "shape", "non-negative", shape.weight_shape)
     _rule(min(kernel) >= 1 and (not linear or kernel == (1, 1)), "kernel", "positive", kernel)

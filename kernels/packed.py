@@ -14,6 +14,7 @@ from kernels.checks import check
 Weight = npt.NDArray[np.float32]
 _OPERATIONS = {b.LINEAR: "sparse_linear", b.CONV2D: "sparse_conv2d"}
 _PATTERNS = {1: "unstructured", 4: "4x1"}
+_DTYPES = (torch.float32, torch.bfloat16)  # in the order of their numbers in a blob
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,14 +34,16 @@ def pack_linear(weight: Tensor) -> Packed:
     """Packs the weight of a linear layer.
 
     Args:
-        weight: (out, in), float32; its zeros are left out, whatever their pattern.
+        weight: (out, in), float32 or bfloat16, which is how it is stored; its zeros are left out,
+            whatever their pattern.
 
     Raises:
-        ValueError: not two dimensions, or not float32.
+        ValueError: not two dimensions, or of another dtype.
     """
     dense_weight = _weight(weight, "pack_linear", ("out", "in"))
     rows, channels = dense_weight.shape
-    shape = b.Shape(b.LINEAR, rows, channels, (1, 1), 1, _block(dense_weight, 1), _MANY)
+    dtype, block = _DTYPES.index(weight.dtype), _block(dense_weight, 1)
+    shape = b.Shape(b.LINEAR, rows, channels, (1, 1), 1, block, _MANY, dtype)
     return _packed(dense_weight, shape, _slices(dense_weight))
 
 
@@ -48,11 +51,12 @@ def pack_conv2d(weight: Tensor, groups: int = 1) -> Packed:
     """Packs the weight of a 2-d convolution.
 
     Args:
-        weight: (out, in / groups, kernel_h, kernel_w), float32; zeros are left out.
+        weight: (out, in / groups, kernel_h, kernel_w), float32 or bfloat16, which is how it is
+            stored; its zeros are left out.
         groups: as of `torch.nn.Conv2d`.
 
     Raises:
-        ValueError: not four dimensions, not float32, an empty kernel, or `groups` does not
+        ValueError: not four dimensions, another dtype, an empty kernel, or `groups` does not
             divide `out`.
     """
     dense_weight = _weight(weight, "pack_conv2d", ("out", "in / groups", "kernel_h", "kernel_w"))
@@ -64,18 +68,19 @@ def pack_conv2d(weight: Tensor, groups: int = 1) -> Packed:
     flat = dense_weight.reshape(rows, channels * height * width)
     block = _block(flat, groups)
     chunk = _chunk(flat, channels, block) if height * width == 1 else _FEW
-    shape = b.Shape(b.CONV2D, rows, channels, (height, width), groups, block, chunk)
+    kernel, dtype = (height, width), _DTYPES.index(weight.dtype)
+    shape = b.Shape(b.CONV2D, rows, channels, kernel, groups, block, chunk, dtype)
     return _packed(flat, shape, b.no_slices(0))
 
 
 def dense(packed: Packed) -> Tensor:
-    """The weight that was packed, float32: exactly, but that -0 comes back as 0.
+    """The weight that was packed, in its dtype: exactly, but that -0 comes back as 0.
 
     Raises:
         ValueError: the blob is malformed.
     """
     check_blob(packed.data)
-    return unpack(packed.data)
+    return unpack(packed.data).to(_DTYPES[b.shape_of(packed.data.numpy()).dtype])
 
 
 def unpack(data: Tensor) -> Tensor:
@@ -119,6 +124,7 @@ def check_blob(data: Tensor) -> None:
 _FEW, _MANY = 32, 256
 _NEAR = {1: 64, 4: 128}  # channels whose pixels, 8 or 4 vectors of them, fill a cache of 32 KiB
 _PRODUCTS = 12
+_CACHED = 2**20  # non-zeros of a linear weight that stay in some cache
 
 
 def _chunk(weight: Weight, channels: int, block: int) -> int:
@@ -134,12 +140,12 @@ def _chunk(weight: Weight, channels: int, block: int) -> int:
 
 
 def _weight(weight: Tensor, name: str, dims: tuple[str, ...]) -> Weight:
-    if weight.dim() != len(dims) or weight.dtype != torch.float32:
+    if weight.dim() != len(dims) or weight.dtype not in _DTYPES:
         raise ValueError(
-            f"{name}: weight must be float32 ({', '.join(dims)}), "
+            f"{name}: weight must be float32 or bfloat16 ({', '.join(dims)}), "
             f"got {weight.dtype} {tuple(weight.shape)}"
         )
-    return weight.detach().cpu().contiguous().numpy()
+    return weight.detach().cpu().contiguous().float().numpy()
 
 
 def _packed(weight: Weight, shape: b.Shape, slices: b.Slices) -> Packed:
@@ -154,7 +160,7 @@ def _meta(raw: b.Bytes) -> dict[str, Any]:
         "operation": _OPERATIONS[shape.operation],
         "shape": list(shape.weight_shape),
         "groups": shape.groups,
-        "dtype": "float32",
+        "dtype": list(b.DTYPES)[shape.dtype],
         "pattern": _PATTERNS[shape.block],
         "nonzeros": int(b.head(raw)["nonzeros"]),
     }
@@ -182,9 +188,13 @@ def _entries(weight: Weight, shape: b.Shape) -> b.Entries:
 
 
 def _slices(weight: Weight) -> b.Slices:
-    """Greedy: a window opens at the first column that a lane still waits for."""
+    """Greedy: a window opens at the first column that a lane still waits for.
+
+    Windows begin at a cache line, so that they load in two cycles instead of three or four; not
+    where the steps come from memory, of which there are fewer without.
+    """
     rows, columns = weight.shape
-    slices = -(-rows // b.SLICE)
+    slices, grain = -(-rows // b.SLICE), b.SLICE if np.count_nonzero(weight) < _CACHED else 1
     row, column = np.nonzero(weight)
     ends = np.searchsorted(row, np.arange(1, slices * b.SLICE + 1)).reshape(slices, b.SLICE)
     waiting = np.append(column, columns)
@@ -194,7 +204,7 @@ def _slices(weight: Weight) -> b.Slices:
     active = np.arange(slices)
     while len(active := active[(at[active] < ends[active]).any(1)]):
         place = np.where(at[active] < ends[active], at[active], len(column))
-        base = np.minimum(waiting[place].min(1), max(0, columns - b.WINDOW))
+        base = np.minimum(waiting[place].min(1) // grain * grain, max(0, columns - b.WINDOW))
         lane = waiting[place] - base[:, None]
         takes = (lane < b.WINDOW) & (place < len(column))
         steps.append((active, base, np.where(takes, lane, 0), np.where(takes, value[place], 0)))

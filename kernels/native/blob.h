@@ -7,6 +7,7 @@
 namespace sn {
 
 enum Status : int { kOk = 0, kMalformed = 1, kMismatch = 2, kUnchecked = 3 };
+enum Dtype : int { kFloat32, kBfloat16 };  // of stored values; sums are float32
 enum Operation : int { kLinear = 1, kConv2d, kPool, kMean, kMap, kZero };
 
 struct Header {
@@ -15,7 +16,7 @@ struct Header {
   int64_t bytes;
   uint32_t crc;
   int32_t rows, channels, kernel_h, kernel_w, groups;
-  int32_t block, chunk, chunks, entries, nonzeros, slices, steps, reserved;
+  int32_t block, chunk, chunks, entries, nonzeros, slices, steps, dtype;
   int64_t starts, columns, values;                          // byte offsets of the rows' sections
   int64_t slice_starts, slice_bases, slice_lanes, slice_values;  // and of the sliced sections
 };

@@ -21,15 +21,20 @@ struct Layer {
 // One step of a slice: sixteen products added to the sums of each of B samples.
 #if SN_LANES == 16 && defined(__AVX512F__)
 
+static inline __m512 sixteen(const float* p) { return _mm512_loadu_ps(p); }
+static inline __m512 sixteen(const uint16_t* p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+}
+
 template <int B>
 struct Sums {
   __m512 sum[B] = {};
 };
 
-template <int B>
-static inline void step(Sums<B>& to, const float* window, int64_t stride, const uint8_t* lanes, const float* values) {
+template <int B, class T>
+static inline void step(Sums<B>& to, const float* window, int64_t stride, const uint8_t* lanes, const T* values) {
   const __m512i lane = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)lanes));
-  const __m512 value = _mm512_loadu_ps(values);
+  const __m512 value = sixteen(values);
   SN_UNROLL for (int b = 0; b < B; ++b) {
     const float* p = window + b * stride;
     const __m512 in = _mm512_permutex2var_ps(_mm512_loadu_ps(p), lane, _mm512_loadu_ps(p + 16));
@@ -44,6 +49,11 @@ struct Sums {
   __m256 sum[B][2] = {};
 };
 
+static inline __m256 eight(const float* p) { return _mm256_loadu_ps(p); }
+static inline __m256 eight(const uint16_t* p) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
+}
+
 // window[lane] for eight lanes of 0..31: four permutes, chosen between by the bits 3 and 4
 static inline __m256 look_up(const float* window, __m256i lane) {
   const __m256 a = _mm256_permutevar8x32_ps(_mm256_loadu_ps(window), lane);
@@ -55,11 +65,11 @@ static inline __m256 look_up(const float* window, __m256i lane) {
   return _mm256_blendv_ps(_mm256_blendv_ps(a, b, bit3), _mm256_blendv_ps(c, d, bit3), bit4);
 }
 
-template <int B>
-static inline void step(Sums<B>& to, const float* window, int64_t stride, const uint8_t* lanes, const float* values) {
+template <int B, class T>
+static inline void step(Sums<B>& to, const float* window, int64_t stride, const uint8_t* lanes, const T* values) {
   SN_UNROLL for (int half = 0; half < 2; ++half) {
     const __m256i lane = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(lanes + half * 8)));
-    const __m256 value = _mm256_loadu_ps(values + half * 8);
+    const __m256 value = eight(values + half * 8);
     SN_UNROLL for (int b = 0; b < B; ++b)
       to.sum[b][half] = _mm256_fmadd_ps(value, look_up(window + b * stride, lane), to.sum[b][half]);
   }
@@ -72,21 +82,24 @@ struct Sums {
   float sum[B][kSlice] = {};
 };
 
-template <int B>
-static inline void step(Sums<B>& to, const float* window, int64_t stride, const uint8_t* lanes, const float* values) {
+template <int B, class T>
+static inline void step(Sums<B>& to, const float* window, int64_t stride, const uint8_t* lanes, const T* values) {
+  float value[kSlice];
+  if constexpr (sizeof(T) == 2) widen(values, kSlice, value);
+  else std::memcpy(value, values, sizeof value);
   for (int b = 0; b < B; ++b)
-    for (int l = 0; l < kSlice; ++l) to.sum[b][l] += values[l] * window[b * stride + lanes[l]];
+    for (int l = 0; l < kSlice; ++l) to.sum[b][l] += value[l] * window[b * stride + lanes[l]];
 }
 
 #endif
 
 // sum[b][lane] of one slice; odd and even steps are added apart, so that their chains overlap
-template <int B>
+template <class T, int B>
 static void slice(const Header& h, int s, const float* x, int64_t stride, float (&sum)[B][kSlice]) {
   const int32_t* starts = at<int32_t>(&h, h.slice_starts);
   const int32_t* bases = at<int32_t>(&h, h.slice_bases);
   const uint8_t* lanes = at<uint8_t>(&h, h.slice_lanes);
-  const float* values = at<float>(&h, h.slice_values);
+  const T* values = at<T>(&h, h.slice_values);
   const int64_t end = starts[s + 1];
   Sums<B> even, odd;
   static_assert(sizeof even == sizeof sum, "sums lie as rows of sixteen");
@@ -107,7 +120,7 @@ template <int B>
 static void slice_task(const Layer& layer, int s, const float* x, int64_t stride, float* y) {
   const Header& h = *layer.h;
   float sum[B][kSlice];
-  slice<B>(h, s, x, stride, sum);
+  h.dtype == kFloat32 ? slice<float>(h, s, x, stride, sum) : slice<uint16_t>(h, s, x, stride, sum);
   const int row = s * kSlice, count = std::min(kSlice, h.rows - row);
   for (int b = 0; b < B; ++b) {
     for (int l = 0; layer.bias && l < count; ++l) sum[b][l] += layer.bias[row + l];

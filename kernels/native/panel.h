@@ -2,10 +2,9 @@
 // packed weight. A non-zero is (weight, offset): broadcast the weight, N multiply-adds from memory.
 // Every output adds its non-zeros in storage order, whatever the panel and the thread: bit-equal.
 #pragma once
-#include <limits>
-
 #include "blob.h"
 #include "simd.h"
+#include "threads.h"
 
 namespace sn {
 
@@ -20,8 +19,17 @@ struct Rows {
   int64_t other_stride;
 };
 
+// values as float32; those of bfloat16 are widened, which costs little beside what is done with them
+static inline const float* values_of(const Header& h) {
+  if (h.dtype == kFloat32) return at<float>(&h, h.values);
+  const int64_t count = static_cast<int64_t>(h.entries) * h.block;
+  float* wide = scratch.get<float>(kValues, count);
+  widen(at<uint16_t>(&h, h.values), count, wide);
+  return wide;
+}
+
 static inline Rows rows_of(const Header& h, const float* bias, int activation) {
-  return {at<int32_t>(&h, h.starts), at<int32_t>(&h, h.columns), at<float>(&h, h.values), bias, 1,
+  return {at<int32_t>(&h, h.starts), at<int32_t>(&h, h.columns), values_of(h), bias, 1,
           h.chunks, h.rows / h.block, h.block, activation, nullptr, 0};
 }
 

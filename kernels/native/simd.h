@@ -28,6 +28,13 @@ static inline vf load(const float* p) {
   std::memcpy(&v, p, sizeof v);
   return v;
 }
+// bfloat16 is the upper half of a float32
+static inline void widen(const uint16_t* from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t bits = static_cast<uint32_t>(from[i]) << 16;
+    std::memcpy(to + i, &bits, 4);
+  }
+}
 static inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
 static inline vf splat(float a) { return a - vf{}; }  // a - 0 is a, and folds to a broadcast
 static inline vf vmin(vf a, vf b) { return a > b ? b : a; }  // a NaN in `a` stays

@@ -41,7 +41,7 @@ static inline int useful_threads(int threads, double multiply_adds) {
 static bool poison = false;  // tests: fill scratch with NaN, so that a value never written shows
 
 // Scratch that each thread keeps between calls, one buffer for each purpose.
-enum Purpose { kArena, kPing, kPong, kCall, kPadded, kPartial, kSegments, kPerms, kPurposes };
+enum Purpose { kArena, kValues, kPing, kPong, kCall, kPadded, kPartial, kSegments, kPerms, kPurposes };
 
 class Scratch {
  public:

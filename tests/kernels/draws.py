@@ -10,6 +10,7 @@ from kernels.calls import ACTIVATIONS
 
 activations = st.sampled_from(list(ACTIVATIONS))
 seeds = st.integers(0, 2**31 - 1)
+storage = st.sampled_from([torch.float32, torch.bfloat16])
 densities = st.sampled_from([0.0, 0.05, 0.2, 0.6, 1.0])
 
 

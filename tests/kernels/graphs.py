@@ -6,6 +6,8 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 import kernels
 from kernels.calls import ACTIVATIONS
 from kernels.network import Graph, Step, X, Y
@@ -63,6 +65,9 @@ class Drawn:
     def activation(self) -> str:
         return self.random.choice(list(ACTIVATIONS))
 
+    def storage(self) -> torch.dtype:
+        return self.random.choice([torch.float32, torch.bfloat16])
+
     def fused(self, packed: Packed, rows: int) -> dict[str, Any]:
         bias = (
             draws.numbers(self.random.randrange(99), rows) if self.random.random() < 0.6 else None
@@ -75,11 +80,12 @@ class Drawn:
         fan_in = max(1.0, density * shape[1] * kernel * kernel)
         blocks = 4 if rows // groups % 4 == 0 and self.random.random() < 0.3 else 1
         weight = draws.weight(self.random.randrange(2**31), shape, density, blocks) / fan_in**0.5
-        return kernels.pack_conv2d(weight, groups)
+        return kernels.pack_conv2d(weight.to(self.storage()), groups)
 
     def linear(self, source: int, inputs: int, rows: int, out: int) -> int:
         weight = draws.weight(self.random.randrange(2**31), (rows, inputs), 0.4, 1)
-        fused = self.fused(kernels.pack_linear(weight / max(1, 0.4 * inputs) ** 0.5), rows)
+        weight = (weight / max(1, 0.4 * inputs) ** 0.5).to(self.storage())
+        fused = self.fused(kernels.pack_linear(weight), rows)
         self.graph.steps.append(Step("linear", source, out, **fused))
         return out
 

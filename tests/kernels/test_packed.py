@@ -18,6 +18,7 @@ EXAMPLE = {
     "linear": kernels.pack_linear(draws.weight(0, (33, 300), 0.1, 1)),
     "blocks": kernels.pack_linear(draws.weight(0, (32, 70), 0.2, 4)),
     "conv": kernels.pack_conv2d(draws.weight(0, (8, 40, 3, 3), 0.1, 1), 2),
+    "bfloat16": kernels.pack_linear(draws.weight(0, (33, 300), 0.1, 1).bfloat16()),
 }
 
 
@@ -27,23 +28,24 @@ EXAMPLE = {
     columns=st.integers(0, 300),
     block=st.sampled_from([1, 4]),
     density=draws.densities,
+    dtype=draws.storage,
     seed=draws.seeds,
 )
 def test_linear_weights_come_back_exactly(
-    rows: int, columns: int, block: int, density: float, seed: int
+    rows: int, columns: int, block: int, density: float, dtype: torch.dtype, seed: int
 ) -> None:
-    weight = draws.weight(seed, (rows, columns), density, block)
+    weight = draws.weight(seed, (rows, columns), density, block).to(dtype)
     packed = kernels.pack_linear(weight)
     assert torch.equal(kernels.dense(packed), weight)
     assert packed.data.dtype == torch.uint8 and packed.data.is_contiguous()
 
 
 @settings(max_examples=60, deadline=None)
-@given(case=draws.general, density=draws.densities, seed=draws.seeds)
+@given(case=draws.general, density=draws.densities, dtype=draws.storage, seed=draws.seeds)
 def test_convolution_weights_come_back_exactly(
-    case: draws.Conv, density: float, seed: int
+    case: draws.Conv, density: float, dtype: torch.dtype, seed: int
 ) -> None:
-    weight = draws.weight(seed, case.weight_shape, density, 1)
+    weight = draws.weight(seed, case.weight_shape, density, 1).to(dtype)
     assert torch.equal(kernels.dense(kernels.pack_conv2d(weight, case.groups)), weight)
 
 
@@ -80,7 +82,9 @@ def test_a_channels_last_weight_packs_to_the_same_bytes() -> None:
 
 
 def test_packing_refuses_other_shapes_and_types() -> None:
-    with pytest.raises(ValueError, match=r"pack_linear: weight must be float32 \(out, in\)"):
+    with pytest.raises(
+        ValueError, match=r"pack_linear: weight must be float32 or bfloat16 \(out, in\)"
+    ):
         kernels.pack_linear(torch.ones(2, 2, 2))
     with pytest.raises(ValueError, match=r"torch\.float16"):
         kernels.pack_linear(torch.ones(2, 2).half())

@@ -40,12 +40,19 @@ def check(case: draws.Conv, x: Tensor, weight: Tensor, bias: Tensor | None, act:
     rows=st.sampled_from([1, 4]),
     activation=draws.activations,
     with_bias=st.booleans(),
+    dtype=draws.storage,
     seed=draws.seeds,
 )
 def test_convolution_equals_its_reference(
-    case: draws.Conv, density: float, rows: int, activation: str, with_bias: bool, seed: int
+    case: draws.Conv,
+    density: float,
+    rows: int,
+    activation: str,
+    with_bias: bool,
+    dtype: torch.dtype,
+    seed: int,
 ) -> None:
-    weight = draws.weight(seed, case.weight_shape, density, rows)
+    weight = draws.weight(seed, case.weight_shape, density, rows).to(dtype)
     bias = draws.numbers(seed, len(weight)) if with_bias else None
     check(case, draws.numbers(seed, *case.x_shape), weight, bias, activation)
 

@@ -31,6 +31,7 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> No
     rows=st.sampled_from([1, 4]),
     activation=draws.activations,
     with_bias=st.booleans(),
+    dtype=draws.storage,
     seed=draws.seeds,
 )
 def test_linear_equals_its_reference(
@@ -41,9 +42,10 @@ def test_linear_equals_its_reference(
     rows: int,
     activation: str,
     with_bias: bool,
+    dtype: torch.dtype,
     seed: int,
 ) -> None:
-    weight = draws.weight(seed, (outputs, inputs), density, rows)
+    weight = draws.weight(seed, (outputs, inputs), density, rows).to(dtype)
     bias = draws.numbers(seed, outputs) if with_bias else None
     check(draws.numbers(seed, batch, inputs), weight, bias, activation)
 
@@ -97,9 +99,19 @@ def test_linear_names_both_sides_of_a_misfit() -> None:
         sparse_linear(torch.ones(2, 6), conv, None, 4)
 
 
+def test_samples_in_bfloat16_are_computed_in_float32_and_rounded() -> None:
+    weight, bias = draws.weight(0, (24, 70), 0.3, 1).bfloat16(), draws.numbers(1, 24).bfloat16()
+    data, x = kernels.pack_linear(weight).data, draws.numbers(2, 5, 70).bfloat16()
+    wide = sparse_linear(x.float(), data, bias.float(), 24, "gelu")
+    assert torch.equal(sparse_linear(x, data, bias, 24, "gelu"), wide.bfloat16())
+    assert torch.compile(sparse_linear, fullgraph=True, backend="aot_eager")(
+        x, data, bias, 24
+    ).dtype is (torch.bfloat16)
+
+
 def test_linear_refuses_what_it_cannot_take() -> None:
     data = kernels.pack_linear(torch.ones(4, 6)).data
-    with pytest.raises(ValueError, match=r"x must be float32, got torch\.float64"):
+    with pytest.raises(ValueError, match=r"x must be float32 or bfloat16, got torch\.float64"):
         sparse_linear(torch.ones(2, 6).double(), data, None, 4)
     with pytest.raises(ValueError, match=r"activation must be one of none, relu.*'tanh'"):
         sparse_linear(torch.ones(2, 6), data, None, 4, "tanh")

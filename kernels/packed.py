@@ -10,10 +10,10 @@ from torch import Tensor
 
 from kernels import blob as b
 from kernels.checks import check
+from kernels.patterns import pattern_of
 
 Weight = npt.NDArray[np.float32]
 _OPERATIONS = {b.LINEAR: "sparse_linear", b.CONV2D: "sparse_conv2d"}
-_PATTERNS = {1: "unstructured", 4: "4x1"}
 _DTYPES = (torch.float32, torch.bfloat16)  # in the order of their numbers in a blob
 
 
@@ -23,7 +23,8 @@ class Packed:
 
     Attributes:
         data: (n,) uint8, contiguous, on the CPU: what the operators take as `weight`.
-        meta: JSON of format, operation, shape, groups, dtype, pattern and nonzeros.
+        meta: JSON of format, operation, shape, groups, dtype, pattern (what the mask follows, see
+            `kernels.patterns`), block (rows that are stored and run together) and nonzeros.
     """
 
     data: Tensor
@@ -161,9 +162,15 @@ def _meta(raw: b.Bytes) -> dict[str, Any]:
         "shape": list(shape.weight_shape),
         "groups": shape.groups,
         "dtype": list(b.DTYPES)[shape.dtype],
-        "pattern": _PATTERNS[shape.block],
+        "pattern": pattern_of(_kept(raw, shape)),
+        "block": f"{shape.block}x1",
         "nonzeros": int(b.head(raw)["nonzeros"]),
     }
+
+
+def _kept(raw: b.Bytes, shape: b.Shape) -> npt.NDArray[np.bool_]:
+    kept = unpack(torch.from_numpy(raw)).numpy() != 0
+    return kept.reshape(shape.rows, shape.channels, shape.taps)
 
 
 def _block(weight: Weight, groups: int) -> int:

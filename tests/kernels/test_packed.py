@@ -60,19 +60,20 @@ def test_meta_is_json_and_says_what_was_packed() -> None:
         "groups": 2,
         "dtype": "float32",
         "pattern": "unstructured",
+        "block": "1x1",
         "nonzeros": int(weight.count_nonzero()),
     }
 
 
 def test_blocks_of_four_rows_are_found() -> None:
-    assert EXAMPLE["blocks"].meta["pattern"] == "4x1"
-    assert EXAMPLE["linear"].meta["pattern"] == "unstructured"
-    assert kernels.pack_linear(torch.ones(6, 8)).meta["pattern"] == "unstructured"
+    assert EXAMPLE["blocks"].meta["block"] == "4x1"
+    assert EXAMPLE["linear"].meta["block"] == "1x1"
+    assert kernels.pack_linear(torch.ones(6, 8)).meta["block"] == "1x1"
 
 
 def test_rows_of_a_block_stay_in_one_group() -> None:
-    assert kernels.pack_conv2d(torch.ones(8, 2, 1, 1), 4).meta["pattern"] == "unstructured"
-    assert kernels.pack_conv2d(torch.ones(8, 2, 1, 1), 2).meta["pattern"] == "4x1"
+    assert kernels.pack_conv2d(torch.ones(8, 2, 1, 1), 4).meta["block"] == "1x1"
+    assert kernels.pack_conv2d(torch.ones(8, 2, 1, 1), 2).meta["block"] == "4x1"
 
 
 def test_a_channels_last_weight_packs_to_the_same_bytes() -> None:

@@ -16,6 +16,7 @@ LINEAR, CONV2D = 1, 2
 DTYPES = {"float32": 0, "bfloat16": 1}
 _NUMPY = ("<f4", "<u2")
 SLICE, WINDOW = 16, 32
+MOST = 2**29  # elements of a dense weight
 _MAGIC = b"SNWEIGHT"
 _INTS = ("rows", "channels", "kernel_h", "kernel_w", "groups", "block", "chunk", "chunks")
 _COUNTS = ("entries", "nonzeros", "slices", "steps")

@@ -38,6 +38,8 @@ def _check_shape(record: Any, shape: b.Shape) -> None:
     _rule(shape.operation in (b.LINEAR, b.CONV2D), "operation", "1 or 2", shape.operation)
     _rule(shape.rows >= 0 and shape.channels >= 0, "shape", "non-negative", shape.weight_shape)
     _rule(min(kernel) >= 1 and (not linear or kernel == (1, 1)), "kernel", "positive", kernel)
+    size = shape.rows * shape.columns
+    _rule(size < b.MOST, "size", f"less than {b.MOST} elements", size)
     groups = shape.groups
     _rule(groups >= 1 and shape.rows % groups == 0, "groups", "a divisor of its rows", groups)
     _rule(not linear or groups == 1, "groups", "1 for a linear weight", groups)

@@ -39,7 +39,7 @@ def pack_linear(weight: Tensor) -> Packed:
             whatever their pattern.
 
     Raises:
-        ValueError: not two dimensions, or of another dtype.
+        ValueError: not two dimensions, another dtype, or 2^29 elements or more.
     """
     dense_weight = _weight(weight, "pack_linear", ("out", "in"))
     rows, channels = dense_weight.shape
@@ -57,7 +57,7 @@ def pack_conv2d(weight: Tensor, groups: int = 1) -> Packed:
         groups: as of `torch.nn.Conv2d`.
 
     Raises:
-        ValueError: not four dimensions, another dtype, an empty kernel, or `groups` does not
+        ValueError: not four dimensions, another dtype, an empty kernel, 2^29 elements or more, or `groups` does not
             divide `out`.
     """
     dense_weight = _weight(weight, "pack_conv2d", ("out", "in / groups", "kernel_h", "kernel_w"))
@@ -68,7 +68,7 @@ def pack_conv2d(weight: Tensor, groups: int = 1) -> Packed:
         raise ValueError(f"pack_conv2d: the kernel must not be empty, got {height}x{width}")
     flat = dense_weight.reshape(rows, channels * height * width)
     block = _block(flat, groups)
-    chunk = _chunk(flat, channels, block) if height * width == 1 else _FEW
+    chunk = _chunk(flat, channels, height * width, block)
     kernel, dtype = (height, width), _DTYPES.index(weight.dtype)
     shape = b.Shape(b.CONV2D, rows, channels, kernel, groups, block, chunk, dtype)
     return _packed(flat, shape, b.no_slices(0))
@@ -122,22 +122,20 @@ def check_blob(data: Tensor) -> None:
     check(data.numpy())
 
 
-_FEW, _MANY = 32, 256
-_NEAR = {1: 64, 4: 128}  # channels whose pixels, 8 or 4 vectors of them, fill a cache of 32 KiB
-_PRODUCTS = 12
+# Channels that are worked through before the next: few, so that their pixels stay in the first
+# cache of 32 KiB (those of a KxK kernel lie in several rows, panels of blocks are half as wide),
+# but so many that a row's sums are not put away and fetched for a few products.
+_MANY = 256
+_NEAR = {1: (64, _MANY, 12), 4: (128, _MANY, 12)}  # by block: channels at least, at most; products
+_NEAR_TAPS = {1: (16, 32, 24), 4: (32, 32, 24)}
 _CACHED = 2**20  # non-zeros of a linear weight that stay in some cache
 
 
-def _chunk(weight: Weight, channels: int, block: int) -> int:
-    """Channels that are worked through before the next.
-
-    Few, so that their pixels stay in the first-level cache (those of a KxK kernel lie in several
-    rows), but so many that a row's sums are not put away and fetched for a few products.
-    """
-    most = _NEAR[block]
-    while most < _MANY and np.count_nonzero(weight) * most < _PRODUCTS * weight.size:
-        most *= 2
-    return max(1, -(-channels // max(1, round(channels / most))))
+def _chunk(weight: Weight, channels: int, taps: int, block: int) -> int:
+    chunk, most, products = (_NEAR if taps == 1 else _NEAR_TAPS)[block]
+    while chunk < most and np.count_nonzero(weight) * chunk * taps < products * weight.size:
+        chunk *= 2
+    return max(1, -(-channels // max(1, round(channels / chunk))))
 
 
 def _weight(weight: Tensor, name: str, dims: tuple[str, ...]) -> Weight:
@@ -145,6 +143,10 @@ def _weight(weight: Tensor, name: str, dims: tuple[str, ...]) -> Weight:
         raise ValueError(
             f"{name}: weight must be float32 or bfloat16 ({', '.join(dims)}), "
             f"got {weight.dtype} {tuple(weight.shape)}"
+        )
+    if weight.numel() >= b.MOST:
+        raise ValueError(
+            f"{name}: weight must have less than {b.MOST} elements, got {tuple(weight.shape)}"
         )
     return weight.detach().cpu().contiguous().float().numpy()
 

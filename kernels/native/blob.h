@@ -22,7 +22,7 @@ struct Header {
 };
 static_assert(sizeof(Header) == 136, "kernels/blob.py writes 136 bytes");
 
-enum Kind : int32_t { kFrom, kTo, kLine, kDense };  // a tensor: x, y, lines, or dense between steps
+enum Kind : int32_t { kFrom, kTo, kLine, kDense, kPixels };  // a tensor: x, y, lines, dense between steps, lanes
 
 struct Tensor {
   int32_t kind, channels, height, width, pitch, border;
@@ -42,7 +42,7 @@ struct Program {
   int32_t version, tensors;
   int64_t bytes;
   uint32_t crc;
-  int32_t steps, images, reserved;  // images of a group
+  int32_t steps, images, parts;  // images of a group; parts of an image in the lanes of a pixel, 0: no lanes
   int64_t arena, padding[2];        // floats
 };
 static_assert(sizeof(Program) == 64, "kernels/network/format.py writes 64 bytes");

@@ -175,20 +175,13 @@ static void transpose(const float* from, int64_t rows, int64_t cols, int64_t fro
     for (int64_t r = c < whole_cols ? whole_rows : 0; r < rows; ++r) to[c * to_pitch + r] = from[r * from_pitch + c];
 }
 
-struct Lanes {
-  float* y;
-  int64_t pitch;
-  static constexpr bool kAtOnce = true;
-  void one(int64_t row, int v, vf sum) const { store(y + row * pitch + v * V, sum); }
-};
-
 // lanes in and lanes out
 static void lanes_layer(const Layer& layer, const float* x, float* y, int64_t pitch) {
   Rows w = rows_of(*layer.h, layer.bias, layer.activation);
   w.stride = pitch;
   float* partial = scratch.get<float>(kPartial, static_cast<int64_t>(layer.h->rows) * kWidest * V);
   panels(w, 0, pitch / V, [&](int64_t begin, int64_t end) {
-    any_panel(w, end - begin, 0, w.units, x + begin * V, partial, Lanes{y + begin * V, pitch});
+    any_panel(w, end - begin, 0, w.units, x + begin * V, partial, Plain{y + begin * V, pitch});
   });
 }
 

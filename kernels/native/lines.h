@@ -6,13 +6,6 @@
 
 namespace sn {
 
-struct Plain {
-  float* y;
-  int64_t channel;
-  static constexpr bool kAtOnce = true;
-  void one(int64_t row, int v, vf sum) const { store(y + row * channel + v * V, sum); }
-};
-
 struct Masked {
   float* y;
   int64_t channel;

@@ -33,6 +33,14 @@ static inline Rows rows_of(const Header& h, const float* bias, int activation) {
           h.chunks, h.rows / h.block, h.block, activation, nullptr, 0};
 }
 
+// sums lie as their inputs do
+struct Plain {
+  float* y;
+  int64_t channel;
+  static constexpr bool kAtOnce = true;
+  void one(int64_t row, int v, vf sum) const { store(y + row * channel + v * V, sum); }
+};
+
 template <int R, int N>
 using Tile = vf[R][N];
 
@@ -72,32 +80,33 @@ static inline void close(Tile<R, N>& acc, const Rows& w, int chunk, int row, flo
   if (last) finish(w.activation, row, R, N, partial, out);
 }
 
-template <int N>
+// S: the vectors of a panel lie every S-th
+template <int S, int N>
 static inline void add(vf (&acc)[N], const Rows& w, int64_t i, const float* x) {
   const float* p = x + w.offsets[i] * w.stride;
   const vf value = splat(w.values[i]);
-  SN_UNROLL for (int v = 0; v < N; ++v) acc[v] += value * load(p + v * V);
+  SN_UNROLL for (int v = 0; v < N; ++v) acc[v] += value * load(p + v * V * S);
 }
 
 // R single rows at a time: their chains of additions overlap
-template <int R, int N>
+template <int S, int R, int N>
 static inline void add_rows(Tile<R, N>& acc, const Rows& w, const int32_t* start, const float* x) {
   int32_t common = start[1] - start[0];
   for (int r = 1; r < R; ++r) common = std::min(common, start[r + 1] - start[r]);
   for (int32_t i = 0; i < common; ++i)
-    SN_UNROLL for (int r = 0; r < R; ++r) add(acc[r], w, start[r] + i, x);
+    SN_UNROLL for (int r = 0; r < R; ++r) add<S>(acc[r], w, start[r] + i, x);
   if constexpr (R > 1)
     SN_UNROLL for (int r = 0; r < R; ++r)
-      for (int32_t i = start[r] + common; i < start[r + 1]; ++i) add(acc[r], w, i, x);
+      for (int32_t i = start[r] + common; i < start[r + 1]; ++i) add<S>(acc[r], w, i, x);
 }
 
 // four rows that share their columns: an activation is loaded once for four multiply-adds
-template <int N>
+template <int S, int N>
 static inline void add_blocks(Tile<4, N>& acc, const Rows& w, const int32_t* start, const float* x) {
   for (int64_t i = start[0]; i < start[1]; ++i) {
     const float* p = x + w.offsets[i] * w.stride;
     vf in[N];
-    SN_UNROLL for (int v = 0; v < N; ++v) in[v] = load(p + v * V);
+    SN_UNROLL for (int v = 0; v < N; ++v) in[v] = load(p + v * V * S);
     SN_UNROLL for (int r = 0; r < 4; ++r) {
       const vf value = splat(w.values[4 * i + r]);
       SN_UNROLL for (int v = 0; v < N; ++v) acc[r][v] += value * in[v];
@@ -105,19 +114,19 @@ static inline void add_blocks(Tile<4, N>& acc, const Rows& w, const int32_t* sta
   }
 }
 
-template <bool Blocks, int R, int N, int A, class Store>
+template <bool Blocks, int R, int N, int A, int S, class Store>
 static inline __attribute__((always_inline)) void unit_rows(const Rows& w, int chunk, int unit, int row,
                                                             const float* x, float* partial, const Store& out) {
   Tile<R, N> acc;
   const int32_t* start = w.starts + static_cast<int64_t>(chunk) * w.units + unit;
   open<R, N>(acc, w, chunk, row, partial);
-  if constexpr (Blocks) add_blocks<N>(acc, w, start, x);
-  else add_rows<R, N>(acc, w, start, x);
+  if constexpr (Blocks) add_blocks<S>(acc, w, start, x);
+  else add_rows<S>(acc, w, start, x);
   close<A>(acc, w, chunk, row, partial, out);
 }
 
 // units [from, to) on one panel; partial: room for (to - from) * block * N vectors
-template <bool Blocks, int N, int A, class Store>
+template <bool Blocks, int N, int A, int S, class Store>
 static void panel(const Rows rows, int from, int to, const float* x, float* partial, const Store store_) {
   const Rows w = rows;  // in registers: nothing that is stored can change it
   const Store out = store_;
@@ -127,9 +136,9 @@ static void panel(const Rows rows, int from, int to, const float* x, float* part
     float* part = partial;
     int unit = from;
     for (; unit + units <= to; unit += units, part += R * N * V)
-      unit_rows<Blocks, R, N, A>(w, chunk, unit, Blocks ? 4 * unit : unit, x, part, out);
+      unit_rows<Blocks, R, N, A, S>(w, chunk, unit, Blocks ? 4 * unit : unit, x, part, out);
     if constexpr (!Blocks && R > 1)
-      for (; unit < to; ++unit, part += N * V) unit_rows<false, 1, N, A>(w, chunk, unit, unit, x, part, out);
+      for (; unit < to; ++unit, part += N * V) unit_rows<false, 1, N, A, S>(w, chunk, unit, unit, x, part, out);
   }
 }
 
@@ -138,11 +147,11 @@ constexpr int kWidestBlocks = V == 16 ? 4 : 2;  // and of blocks: 4 * N accumula
 
 static inline int widest(const Rows& w) { return w.block == 4 ? kWidestBlocks : kWidest; }
 
-template <int A, class Store>
+template <int A, int S, class Store>
 static void any_width(const Rows& w, int64_t vectors, int from, int to, const float* x, float* partial,
                       const Store& out) {
 #define SN_CASE(B, N) \
-  case N: return panel<B, N, A>(w, from, to, x, partial, out);
+  case N: return panel<B, N, A, S>(w, from, to, x, partial, out);
   if (w.block == 4) {
     switch (vectors) { SN_CASE(true, 1) SN_CASE(true, 2)
 #if SN_LANES == 16
@@ -157,15 +166,15 @@ static void any_width(const Rows& w, int64_t vectors, int from, int to, const fl
 #undef SN_CASE
 }
 
-template <class Store>
+template <int S = 1, class Store>
 static void any_panel(const Rows& w, int64_t vectors, int from, int to, const float* x, float* partial,
                       const Store& out) {
-  if constexpr (Store::kAtOnce) switch (w.activation) {
-      case kNone: return any_width<kNone>(w, vectors, from, to, x, partial, out);
-      case kRelu: return any_width<kRelu>(w, vectors, from, to, x, partial, out);
-      case kRelu6: return any_width<kRelu6>(w, vectors, from, to, x, partial, out);
+  if constexpr (Store::kAtOnce && S == 1) switch (w.activation) {
+      case kNone: return any_width<kNone, S>(w, vectors, from, to, x, partial, out);
+      case kRelu: return any_width<kRelu, S>(w, vectors, from, to, x, partial, out);
+      case kRelu6: return any_width<kRelu6, S>(w, vectors, from, to, x, partial, out);
     }
-  any_width<kOther>(w, vectors, from, to, x, partial, out);
+  any_width<kOther, S>(w, vectors, from, to, x, partial, out);
 }
 
 // run(begin, end) for vectors [first, last) in even panels

@@ -7,6 +7,7 @@
 
 #include "depthwise.h"
 #include "linear.h"
+#include "lanes.h"
 #include "lines.h"
 #include "rows.h"
 
@@ -31,14 +32,18 @@ struct Group {
     float* base = t.kind == kFrom ? const_cast<float*>(x) + first * t.image
                   : t.kind == kTo ? y + first * t.image
                                   : arena + t.offset;
-    return {base, t.image, t.channel, t.pitch, t.height, t.width, t.border};
+    const int64_t height = t.kind == kPixels ? t.height / p.parts : t.height;
+    return {base, t.image, t.channel, t.pitch, height, t.width, t.border};
   }
   template <class T>
   const T* part(int64_t offset) const {
     return offset < 0 ? nullptr : at<T>(&p, offset);
   }
 
+  bool lanes(int i) const { return tensor(i).kind == kPixels; }
+
   void run(const Step& s) const {
+    if (lanes(s.in) || lanes(s.out)) return run_lanes(s);
     switch (s.operation) {
       case kLinear: return linear(&s);
       case kConv2d: return convolution(s);
@@ -49,6 +54,21 @@ struct Group {
                              s.other >= 0, s.stride_h, s.activation}, images, tensor(s.in).channels, threads);
       case kZero: return zero(view(s.out), images, tensor(s.out).channels);
     }
+  }
+
+  void run_lanes(const Step& s) const {
+    const int64_t channels = tensor(s.in).channels, parts = p.parts;
+    const View in = view(s.in), out = view(s.out).from_channel(s.at);
+    switch (s.operation) {
+      case kConv2d: return convolution(s);
+      case kPool: return pool_lanes({in, out, height(s), width(s), s.kind}, channels, parts, threads);
+      case kMean: return mean_lanes(in, images, channels, parts, out.base, threads);
+      case kZero: return zero_lanes(out, tensor(s.out).channels);
+    }
+    if (!lanes(s.in)) return enter(in, out, images, channels, parts, threads);
+    if (!lanes(s.out)) return leave(in, out, images, channels, parts, threads);
+    map_lanes({in, s.other < 0 ? in : view(s.other), out, s.other >= 0, s.stride_h, s.activation}, channels, parts,
+              threads);
   }
 
   Axis height(const Step& s) const {
@@ -66,7 +86,7 @@ struct Group {
     c.offsets = part<int32_t>(s.offsets);
     c.inside = part<int32_t>(s.inside);
     c.threads = useful_threads(threads, c.multiply_adds());
-    conv2d(c);
+    lanes(s.in) ? conv_lanes(c, p.parts) : conv2d(c);
   }
 
   // a run of linear layers; only the last one's output is kept

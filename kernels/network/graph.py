@@ -53,6 +53,12 @@ class Step:
         assert self.packed is not None
         return b.shape_of(self.packed.data.numpy())
 
+    @property
+    def copies(self) -> bool:
+        """Whether it does nothing but copy."""
+        plain = self.other is None and self.activation == "none" and self.stride == (1, 1)
+        return self.operation == "map" and plain
+
     def reads(self) -> list[int]:
         """The tensors that it needs."""
         others = [] if self.other is None else [self.other]
@@ -66,11 +72,13 @@ class Graph:
     Attributes:
         shapes: (channels, height, width) of each; features are (features, 1, 1).
         dense: those that lie as NCHW even between steps, for linear layers to read.
+        parts: 0, or those of an image in the lanes of a pixel (kernels/network/lanes.py).
     """
 
     shapes: list[Shape]
     dense: set[int] = field(default_factory=set)
     steps: list[Step] = field(default_factory=list)
+    parts: int = 0
 
     def tensor(self, shape: Shape, dense: bool = False) -> int:
         """A new tensor, written by nobody yet."""
@@ -81,7 +89,9 @@ class Graph:
 
     def is_dense(self, tensor: int) -> bool:
         """Whether it lies as NCHW: from outside, single features, or asked for."""
-        return tensor in (X, Y) or tensor in self.dense or self.shapes[tensor][1:] == (1, 1)
+        if tensor in (X, Y) or tensor in self.dense:
+            return True
+        return not self.parts and self.shapes[tensor][1:] == (1, 1)
 
     def check(self) -> None:
         """Raise ValueError for a step that does not fit its tensors or reads what is not there."""
@@ -164,7 +174,7 @@ def _rule(holds: bool, number: int, rule: str, value: object) -> None:
 
 def apart(graph: Graph, lineable: Sequence[bool]) -> Graph:
     """The graph with sums taken out of those convolutions that cannot add in place."""
-    done = Graph(list(graph.shapes), set(graph.dense))
+    done = Graph(list(graph.shapes), set(graph.dense), parts=graph.parts)
     for step, fits in zip(graph.steps, lineable, strict=True):
         adds = step.operation == "conv2d" and step.other is not None
         if not adds or (fits and not graph.is_dense(step.other or 0)):

@@ -9,10 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from kernels import blob as b
-from kernels.network.graph import Graph, Step, X, Y
+from kernels.network.graph import Graph, Pair, Step, X, Y
+from kernels.network.lanes import PIXEL, edge
 
 Ints = npt.NDArray[np.int32]
-FROM, TO, LINE, DENSE = range(4)
+FROM, TO, LINE, DENSE, PIXELS = range(5)
 NEAR = 160 * 1024  # floats that are to stay near the core
 MOST_IMAGES = 64
 ALL = 2**30  # images of a group where nothing lies in the arena
@@ -56,26 +57,23 @@ class Plan:
 
 def plan(graph: Graph) -> Plan:
     """The plan of a checked graph; equal graphs have equal plans."""
-    classes, borders = _classes(graph), [0] * len(graph.shapes)
-    for tensor, root in enumerate(classes):
-        needs = [
-            max(s.padding) for s in graph.steps if lineable(graph, s) and classes[s.source] == root
-        ]
-        borders[tensor] = max(needs, default=0)
     runs = _runs(graph)
     images = _images(graph, runs)
-    places = [_place(graph, t, borders[t], images) for t in range(len(graph.shapes))]
+    borders = _edges(graph) if graph.parts else _borders(graph)
+    places = [_place(graph, t, border, images) for t, border in enumerate(borders)]
     arena = _allocate(graph, places, runs)
     found = Plan(images, arena, places, runs, {}, {})
     for number, step in enumerate(graph.steps):
-        if lineable(graph, step):
+        if graph.parts and step.operation == "conv2d":
+            _in_lanes(found, number, step)
+        elif lineable(graph, step):
             _on_lines(found, graph, number, step)
     return found
 
 
 def lineable(graph: Graph, step: Step) -> bool:
     """Whether a convolution's outputs can lie as its inputs do."""
-    if step.operation != "conv2d" or step.stride != (1, 1) or _has_own_kernel(step):
+    if graph.parts or step.operation != "conv2d" or step.stride != (1, 1) or _has_own_kernel(step):
         return False
     same = all(
         2 * p == d * (k - 1)
@@ -88,6 +86,25 @@ def _has_own_kernel(step: Step) -> bool:
     shape = step.weight
     depthwise = shape.channels == 1 and shape.groups == shape.rows
     return depthwise and step.kernel in ((3, 3), (5, 5))
+
+
+def _borders(graph: Graph) -> list[int]:
+    """Of each tensor on lines, the zeros that any reader of its class needs."""
+    classes, borders = _classes(graph), [0] * len(graph.shapes)
+    for tensor, root in enumerate(classes):
+        needs = [
+            max(s.padding) for s in graph.steps if lineable(graph, s) and classes[s.source] == root
+        ]
+        borders[tensor] = max(needs, default=0)
+    return borders
+
+
+def _edges(graph: Graph) -> list[int]:
+    """Of each tensor in lanes, the pixels around it that its readers need."""
+    edges = [0] * len(graph.shapes)
+    for step in graph.steps:
+        edges[step.source] = max(edges[step.source], edge(graph, step))
+    return edges
 
 
 def _classes(graph: Graph) -> list[int]:
@@ -124,6 +141,8 @@ def _runs(graph: Graph) -> list[int]:
 
 
 def _images(graph: Graph, runs: list[int]) -> int:
+    if graph.parts:
+        return PIXEL // graph.parts
     if len([run for run in runs if run]) == 1 and graph.steps[0].operation == "linear":
         return ALL
     live = [sum(prod(graph.shapes[t]) for t in alive) for alive in _alive(graph, runs)]
@@ -150,16 +169,29 @@ def _place(graph: Graph, tensor: int, border: int, images: int) -> Place:
         kind = {X: FROM, Y: TO}.get(tensor, DENSE)
         size = 0 if kind != DENSE else images * channels * height * width + SLACK
         return Place(kind, width, 0, height * width, channels * height * width, size=_lines(size))
+    if graph.parts:
+        return _pixels(channels, height // graph.parts, width, border)
     pitch = width + border
     image = (height + border) * pitch
     lead = _lines(border * (pitch + 1))
-    channel = _lines(lead + images * image + border + SLACK)
-    channel += 16 * (channel // 16 % 2 == 0)  # an odd number of cache lines: no two channels clash
+    channel = _apart(_lines(lead + images * image + border + SLACK))
     return Place(LINE, pitch, border, channel, image, lead=lead, size=channels * channel + SLACK)
+
+
+def _pixels(channels: int, height: int, width: int, border: int) -> Place:
+    pitch, around = (width + border) * PIXEL, border * PIXEL
+    lead = border * pitch + around
+    channel = _apart(lead + (height + border) * pitch)
+    return Place(PIXELS, pitch, border, channel, 0, lead=lead, size=channels * channel)
 
 
 def _lines(floats: int) -> int:
     return -(-floats // 16) * 16
+
+
+def _apart(channel: int) -> int:
+    """An odd number of cache lines, so that no two channels clash."""
+    return channel + 16 * (channel // 16 % 2 == 0)
 
 
 def _allocate(graph: Graph, places: list[Place], runs: list[int]) -> int:
@@ -181,17 +213,29 @@ def _allocate(graph: Graph, places: list[Place], runs: list[int]) -> int:
     return end
 
 
-def _on_lines(found: Plan, graph: Graph, number: int, step: Step) -> None:
+def _in_lanes(found: Plan, number: int, step: Step) -> None:
+    if step.kernel != (1, 1):
+        source, (dh, dw) = found.places[step.source], step.dilation
+        taps = (dh * source.pitch, dw * PIXEL)
+        found.offsets[number] = _offsets(step, source.channel, taps, (0, 0))
+
+
+def _offsets(step: Step, channel: int, apart: Pair, first: Pair) -> Ints:
+    """Of the non-zeros of a convolution, taps so many floats `apart` from the `first` on."""
     assert step.packed is not None
-    source, raw = found.places[step.source], step.packed.data.numpy()
+    rows, cols = (f + np.arange(k) * a for k, a, f in zip(step.kernel, apart, first, strict=True))
+    taps = (rows[:, None] + cols[None]).ravel()
+    columns = b.entries_of(step.packed.data.numpy()).columns.astype(np.int64)
+    return (columns // len(taps) * channel + taps[columns % len(taps)]).astype("<i4")
+
+
+def _on_lines(found: Plan, graph: Graph, number: int, step: Step) -> None:
+    source = found.places[step.source]
     border = source.border
     if step.kernel != (1, 1):
-        (kh, kw), (ph, pw), (dh, dw) = step.kernel, step.padding, step.dilation
-        rows, cols = np.arange(kh) * dh - ph, np.arange(kw) * dw - pw
-        taps = (rows[:, None] * source.pitch + cols[None]).ravel()
-        columns = b.entries_of(raw).columns.astype(np.int64)
-        offsets = columns // len(taps) * source.channel + taps[columns % len(taps)]
-        found.offsets[number] = offsets.astype("<i4")
+        (ph, pw), (dh, dw) = step.padding, step.dilation
+        apart, first = (dh * source.pitch, dw), (-ph * source.pitch, -pw)
+        found.offsets[number] = _offsets(step, source.channel, apart, first)
     if border:
         _, height, width = graph.shapes[step.source]
         at = np.arange(found.images * source.image + 2 * SLACK)

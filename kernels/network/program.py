@@ -13,14 +13,15 @@ from kernels import blob as b
 from kernels.calls import ACTIVATIONS
 from kernels.checks import check
 from kernels.network.graph import OPERATIONS, POOLS, Graph, Pair, Step, X, Y, apart
+from kernels.network.lanes import PARTS, fits, laned
 from kernels.network.plan import DENSE, Plan, lineable, plan
 from kernels.packed import Packed
 
-VERSION = 2
+VERSION = 3
 _MAGIC = b"SNGRAPH\n"
 _HEAD = np.dtype("S8,<i4,<i4,<i8,<u4,<i4,<i4,<i4,<i8,2<i8")
 _HEAD.names = (
-    *("magic", "version", "tensors", "bytes", "crc", "steps", "images", "reserved", "arena"),
+    *("magic", "version", "tensors", "bytes", "crc", "steps", "images", "parts", "arena"),
     "padding",
 )
 _TENSOR = np.dtype("<i4,<i4,<i4,<i4,<i4,<i4,<i8,<i8,<i8")
@@ -36,16 +37,26 @@ _SEAL = 24
 _MOST = 2**20  # tensors, and steps
 
 
-def write(graph: Graph) -> Tensor:
+def write(graph: Graph, parts: int = 0) -> Tensor:
     """The program of a graph.
+
+    Args:
+        graph: what it computes.
+        parts: 0; or 1, 2, 4 or 8: images lie beside each other, 16 / parts at a time, so that
+            every tap is aligned: faster for as many small images or more, slower for fewer.
 
     Returns:
         (n,) uint8, for `torch.ops.sparse_nas.sparse_chain(x, program, out_tail)`.
 
     Raises:
-        ValueError: steps that do not fit each other or the tensors, or arguments out of range.
+        ValueError: steps that do not fit each other or the tensors, arguments out of range, or a
+            graph that does not fit so many parts (`kernels.network.lanes.fits`).
     """
     graph.check()
+    if parts:
+        _rule(parts in PARTS and fits(graph, parts), "parts", "such that all steps fit", parts)
+        graph = laned(graph, parts)
+        graph.check()
     graph = apart(graph, [lineable(graph, step) for step in graph.steps])
     return torch.from_numpy(_bytes(graph, plan(graph)))
 
@@ -59,6 +70,10 @@ def validate(program: Tensor) -> None:
     raw = program.numpy()
     graph = read(program)
     graph.check()
+    if graph.parts:
+        _rule(fits(graph, graph.parts), "parts", "such that all steps fit", graph.parts)
+        same = len(laned(graph, graph.parts).steps) == len(graph.steps)
+        _rule(same, "lanes", "copied where they meet dense tensors", "others")
     sums = apart(graph, [lineable(graph, step) for step in graph.steps])
     _rule(len(sums.steps) == len(graph.steps), "sums", "in convolutions on lines", "elsewhere")
     again = _bytes(graph, plan(graph))
@@ -77,8 +92,11 @@ def read(program: Tensor) -> Graph:
     tensors, steps = _records(raw, head)
     shapes = [(int(t["channels"]), int(t["height"]), int(t["width"])) for t in tensors]
     _rule(all(min(s) >= 0 and max(s) < 2**24 for s in shapes), "shapes", "from 0", shapes)
-    dense = {i for i, t in enumerate(tensors) if t["kind"] == DENSE and shapes[i][1:] != (1, 1)}
-    return Graph(shapes, dense, [_step(raw, s, len(shapes)) for s in steps])
+    parts = int(head["parts"])
+    _rule(parts in (0, *PARTS), "parts", f"0 or one of {PARTS}", parts)
+    plain = [i for i, t in enumerate(tensors) if t["kind"] == DENSE]
+    dense = {i for i in plain if parts or shapes[i][1:] != (1, 1)}
+    return Graph(shapes, dense, [_step(raw, s, len(shapes)) for s in steps], parts)
 
 
 def _rule(holds: bool, thing: str, rule: str, value: object) -> None:
@@ -121,7 +139,7 @@ def _bytes(graph: Graph, how: Plan) -> b.Bytes:
     head = np.zeros(1, _HEAD)
     head["magic"], head["version"], head["bytes"] = _MAGIC, VERSION, len(raw)
     head["tensors"], head["steps"] = len(tensors), len(steps)
-    head["images"], head["arena"] = how.images, how.arena
+    head["images"], head["arena"], head["parts"] = how.images, how.arena, graph.parts
     whole = np.concatenate([part.view(np.uint8) for part in (head, tensors, steps)])
     raw[: len(whole)] = whole
     for content, start in payload.places.items():

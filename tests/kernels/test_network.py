@@ -10,7 +10,7 @@ from torch import Tensor
 
 import kernels
 from kernels.blob import seal
-from kernels.network import Graph, Step, X, Y, reference, validate, write
+from kernels.network import Graph, Step, X, Y, lanes, reference, validate, write
 from kernels.network.plan import plan
 from kernels.network.program import read
 from tests.kernels import draws
@@ -75,6 +75,65 @@ def test_a_program_equals_its_graph(
 
 
 @on_every_isa
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=draws.seeds,
+    shape=st.tuples(st.integers(1, 6), st.sampled_from([1, 5, 8, 16, 24]), st.integers(1, 20)),
+    steps=st.integers(1, 9),
+    batch=st.sampled_from([0, 1, 2, 7, 8, 19]),
+    parts=st.sampled_from(lanes.PARTS),
+)
+def test_a_program_of_images_beside_each_other_equals_its_graph(
+    seed: int, shape: tuple[int, int, int], steps: int, batch: int, parts: int
+) -> None:
+    graph = Drawn(seed, shape).grow(steps)
+    while not lanes.fits(graph, parts):
+        parts = parts // 2 if parts > 1 else 0
+        if not parts:
+            with pytest.raises(ValueError, match="parts must be such that all steps fit"):
+                write(graph, 1)
+            return
+    program = write(graph, parts)
+    validate(program)
+    x = draws.numbers(seed, batch, *shape)
+    y = sparse_chain(x, program, list(graph.shapes[Y]))
+    assert_equals_reference(y, x, graph)
+
+
+def residual_net() -> Graph:
+    """Strides, shortcuts, a concatenation, depthwise layers and a pool, as parts allow them."""
+    drawn = Drawn(5, (3, 16, 12))
+    graph, value = drawn.graph, X
+    for channels, stride, kernel, groups in (
+        *((8, 1, 3, 1), (8, 1, 3, 8), (8, 1, 5, 8), (8, 2, 3, 1), (8, 1, 1, 1)),
+        *((8, 1, 5, 2), (16, 1, 3, 1), (16, 2, 5, 16), (16, 1, 3, 1)),
+    ):
+        given = graph.shapes[value]
+        shape = (channels, given[1] // stride, given[2] // stride)
+        fused = drawn.fused(drawn.packed(channels, given[0], kernel, groups), channels)
+        walk = {"kernel": (kernel,) * 2, "padding": (kernel // 2,) * 2, "stride": (stride,) * 2}
+        other = value if given == shape else None
+        value = drawn.new(shape, "conv2d", value, other=other, **walk, **fused)
+    pooled = drawn.new((16, 2, 3), "pool", value, kernel=(2, 1), stride=(2, 1), kind="average")
+    joined = graph.tensor((32, 2, 3))
+    graph.steps += [Step("map", pooled, joined, at=at) for at in (0, 16)]
+    graph.shapes[Y] = (5, 1, 1)
+    drawn.linear(drawn.new((32, 1, 1), "mean", joined), 32, 5, Y)
+    return graph
+
+
+@on_every_isa
+@pytest.mark.parametrize("parts", [0, 1, 2])
+def test_a_residual_network_equals_its_graph(parts: int) -> None:
+    graph = residual_net()
+    program = write(graph, parts)
+    validate(program)
+    for batch in (0, 1, 8, 17):
+        x = draws.numbers(batch, batch, 3, 16, 12)
+        assert_equals_reference(sparse_chain(x, program, [5, 1, 1]), x, graph)
+
+
+@on_every_isa
 @settings(max_examples=30, deadline=None)
 @given(
     widths=st.lists(st.sampled_from([1, 8, 33, 64, 100]), min_size=2, max_size=5),
@@ -108,8 +167,8 @@ def test_results_are_equal_bit_by_bit_for_any_threads(isa: str) -> None:
     if isa == "torch":
         pytest.skip("PyTorch's own kernels promise no such thing")
     for seed in range(6):
-        graph = Drawn(seed, (16, 30, 31)).grow(8)
-        program, x = write(graph), draws.numbers(0, 3, 16, 30, 31)
+        graph = Drawn(seed, (16, 30, 31)).grow(8) if seed else residual_net()
+        program, x = write(graph, 0 if seed else 2), draws.numbers(0, 9, *graph.shapes[X])
         results = []
         for count in (1, 2, 3):
             torch.set_num_threads(count)
@@ -191,9 +250,16 @@ def test_the_graph_of_a_program_comes_back() -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(place=st.integers(0, 2**31), flip=st.integers(1, 255), front=st.booleans())
-def test_any_flipped_byte_of_a_program_is_refused(place: int, flip: int, front: bool) -> None:
-    program = write(one_conv())
+@given(
+    place=st.integers(0, 2**31),
+    flip=st.integers(1, 255),
+    front=st.booleans(),
+    parts=st.integers(0, 1),
+)
+def test_any_flipped_byte_of_a_program_is_refused(
+    place: int, flip: int, front: bool, parts: int
+) -> None:
+    program = write(one_conv(), parts)
     program[place % (512 if front else len(program))] ^= flip
     with pytest.raises(ValueError, match=r"program: |packed weight: "):
         validate(program)
@@ -202,10 +268,12 @@ def test_any_flipped_byte_of_a_program_is_refused(place: int, flip: int, front: 
 
 
 @settings(max_examples=200, deadline=None)
-@given(place=st.integers(0, 2**31), flip=st.integers(1, 255))
-def test_a_program_that_was_sealed_again_is_checked_as_a_whole(place: int, flip: int) -> None:
+@given(place=st.integers(0, 2**31), flip=st.integers(1, 255), parts=st.integers(0, 1))
+def test_a_program_that_was_sealed_again_is_checked_as_a_whole(
+    place: int, flip: int, parts: int
+) -> None:
     """An attacker's checksum is right: then every table must be what the graph gives."""
-    program = write(one_conv())
+    program = write(one_conv(), parts)
     graph = read(program)
     raw = program.numpy()
     raw[28 + place % (len(raw) - 28)] ^= flip
@@ -215,5 +283,5 @@ def test_a_program_that_was_sealed_again_is_checked_as_a_whole(place: int, flip:
     except ValueError:
         return
     again = read(program)  # a weight, a bias or an activation is another, and all tables fit it
-    assert torch.equal(write(again), program)
+    assert torch.equal(write(again, again.parts), program)
     assert again.shapes == graph.shapes

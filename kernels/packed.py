@@ -57,8 +57,8 @@ def pack_conv2d(weight: Tensor, groups: int = 1) -> Packed:
         groups: as of `torch.nn.Conv2d`.
 
     Raises:
-        ValueError: not four dimensions, another dtype, an empty kernel, 2^29 elements or more, or `groups` does not
-            divide `out`.
+        ValueError: not four dimensions, another dtype, an empty kernel, 2^29 elements or more, or
+            `groups` does not divide `out`.
     """
     dense_weight = _weight(weight, "pack_conv2d", ("out", "in / groups", "kernel_h", "kernel_w"))
     rows, channels, height, width = dense_weight.shape

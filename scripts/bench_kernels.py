@@ -3,7 +3,8 @@
 Each case is checked against a float64 reference. Then run in turn, round by round: the kernel in
 a program, activations in the program's own layout, timed in the C core; the operator called from
 Python on NCHW; PyTorch's dense (NCHW, channels-last, oneDNN's own layout; the fastest counts) and
-its CSR product. The limit is the core's: the larger of the multiply-adds left over its peak and
+its CSR product, and ONNX Runtime's dense layer where it is installed (pip install onnx
+onnxruntime). The limit is the core's: the larger of the multiply-adds left over its peak and
 the bytes of non-zeros and activations over the bandwidth of a buffer of that size. Prints a table
 and each class's geometric means, and writes JSON with --json. One thread is timed by its processor
 time, so that other programs take nothing from the truth but cache; several by the clock.
@@ -16,10 +17,8 @@ import platform
 import statistics
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +30,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import kernels
 from kernels.native.library import library
-from kernels.network import Graph, Step, X, Y, step_s, write
+from kernels.network import Graph, Step, X, Y, lanes, step_s, write
 from scripts.core_limits import limits
+from scripts.kernel_peers import Layer
 
 Call = Callable[[], Tensor]
 Clock = Callable[[int], float]  # seconds of so many calls
@@ -68,6 +68,7 @@ class Row:
         us: of the kernel, inside the core.
         call_us: of the operator, called from Python on NCHW.
         csr_us: of PyTorch's CSR product, where there is one.
+        onnxruntime_us: of ONNX Runtime's dense layer, where it is installed.
         limit_us: the least that one core could take.
         ratio: dense_us / us.
     """
@@ -83,6 +84,7 @@ class Row:
     dense_us: float | None = None
     dense_iqr_us: float | None = None
     csr_us: float | None = None
+    onnxruntime_us: float | None = None
     limit_us: float | None = None
     ratio: float | None = None
 
@@ -176,22 +178,26 @@ def _machine(threads: int) -> dict[str, str | int]:
 def _measure(case: Case, pattern: str, sparsity: float) -> Row:
     torch.manual_seed(0)
     x, weight, bias = _tensors(case, pattern, sparsity)
-    call, dense, csr = _contenders(case, x, weight, bias)
-    inside = _inside(case, x, weight, bias)
+    call, inside = _sparse(case, x, weight, bias), _inside(case, x, weight, bias)
+    layer = Layer(x, weight, bias, case.stride, case.groups)
+    dense, csr, ort = layer.dense(), layer.csr(), layer.onnxruntime()
     results = [call(), inside.result()]
     if not all(_correct(case, x, weight, bias, y) for y in results):
         return Row(case.kind, str(case), pattern, sparsity, False)
-    clocks = [inside.clock, *map(_clock, [call, *csr, *dense])]
+    clocks = [inside.clock, *map(_clock, [call, *csr, *ort, *dense])]
     times = [_median_iqr(series) for series in _interleave(clocks)]
     us, iqr = times[0]
-    dense_us, dense_iqr = min(times[2 + len(csr) :])
+    peers = iter(times[2:])
+    csr_us, ort_us = (next(peers)[0] if them else None for them in (csr, ort))
+    dense_us, dense_iqr = min(peers)
     found = {
         "us": us,
         "iqr_us": iqr,
         "call_us": times[1][0],
         "dense_us": dense_us,
         "dense_iqr_us": dense_iqr,
-        "csr_us": times[2][0] if csr else None,
+        "csr_us": csr_us,
+        "onnxruntime_us": ort_us,
         "limit_us": _limit(case, weight, x, results[0]),
         "ratio": dense_us / us,
     }
@@ -210,8 +216,8 @@ def _limit(case: Case, weight: Tensor, x: Tensor, y: Tensor) -> float | None:
 class _Inside:
     """A layer inside a program, between two steps that bring its activations in and out."""
 
-    def __init__(self, graph: Graph, x: Tensor, tail: list[int]) -> None:
-        self.program, self.x, self.tail = write(graph), x, tail
+    def __init__(self, graph: Graph, x: Tensor, tail: list[int], parts: int = 0) -> None:
+        self.program, self.x, self.tail = write(graph, parts), x, tail
         self.step = 1 if len(graph.steps) > 1 else 0
 
     def result(self) -> Tensor:
@@ -236,7 +242,8 @@ def _inside(case: Case, x: Tensor, weight: Tensor, bias: Tensor) -> _Inside:
     walk: dict[str, Any] = {"kernel": pair, "padding": pad, "stride": stride}
     steps = [Step("map", X, 2), Step("conv2d", 2, 3, packed=packed, bias=bias, **walk)]
     graph = Graph([given, gives, given, gives], steps=[*steps, Step("map", 3, Y)])
-    return _Inside(graph, x, list(gives))
+    beside = lanes.PIXEL // min(lanes.PIXEL, case.batch)  # as many images as there are
+    return _Inside(graph, x, list(gives), beside if case.batch >= 8 else 0)
 
 
 def _tensors(case: Case, pattern: str, sparsity: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -249,58 +256,14 @@ def _tensors(case: Case, pattern: str, sparsity: float) -> tuple[Tensor, Tensor,
     return torch.randn(shape), weight, torch.randn(case.outputs)
 
 
-def _contenders(
-    case: Case, x: Tensor, weight: Tensor, bias: Tensor
-) -> tuple[Call, list[Call], list[Call]]:
-    """The sparse operator, PyTorch's dense ones, and its sparse one where there is any."""
+def _sparse(case: Case, x: Tensor, weight: Tensor, bias: Tensor) -> Call:
+    """The operator, called from Python on NCHW."""
     if not case.size:
         data, linear = kernels.pack_linear(weight).data, torch.ops.sparse_nas.sparse_linear
-        csr, xt = _csr(weight), x.t().contiguous()
-        dense = [lambda: F.linear(x, weight, bias), *_prepacked_linear(x, weight, bias)]
-        return lambda: linear(x, data, bias, case.outputs), dense, [lambda: csr @ xt]
+        return lambda: linear(x, data, bias, case.outputs)
     data, conv = kernels.pack_conv2d(weight, case.groups).data, torch.ops.sparse_nas.sparse_conv2d
     pad, stride, sizes = (case.kernel // 2,) * 2, (case.stride,) * 2, (case.kernel,) * 2
-    last = torch.channels_last
-    tensors = [(x, weight), (x.to(memory_format=last), weight.to(memory_format=last))]
-
-    def sparse() -> Tensor:
-        return conv(x, data, bias, case.outputs, sizes, stride, pad, (1, 1), case.groups)
-
-    def plain(xs: Tensor, ws: Tensor) -> Tensor:
-        return F.conv2d(xs, ws, bias, stride, pad, 1, case.groups)
-
-    calls: list[Call] = [partial(plain, *pair) for pair in tensors]
-    calls += _prepacked_conv(case, x, weight, bias)
-    if case.kernel > 1 or case.groups > 1:
-        return sparse, calls, []
-    csr, pixels = _csr(weight.flatten(1)), x.transpose(0, 1).flatten(1).contiguous()
-    return sparse, calls, [lambda: csr @ pixels]
-
-
-def _csr(weight: Tensor) -> Tensor:
-    with warnings.catch_warnings(action="ignore"):  # that CSR is in beta
-        return weight.to_sparse_csr()
-
-
-def _prepacked_conv(case: Case, x: Tensor, weight: Tensor, bias: Tensor) -> list[Call]:
-    """OneDNN with its weights in its own layout, as `torch.compile` may call it."""
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return []
-    pad, stride = [case.kernel // 2] * 2, [case.stride] * 2
-    walk: list[Any] = [pad, stride, [1, 1], case.groups]
-    ours = torch.ops.mkldnn._reorder_convolution_weight
-    held = ours(weight, *walk, list(x.shape))
-    run = torch.ops.mkldnn._convolution_pointwise
-    xs = x.to(memory_format=torch.channels_last)
-    return [lambda: run(xs, held, bias, *walk, "none", [], "")]
-
-
-def _prepacked_linear(x: Tensor, weight: Tensor, bias: Tensor) -> list[Call]:
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return []
-    held = torch.ops.mkldnn._reorder_linear_weight(weight, x.shape[0])
-    run = torch.ops.mkldnn._linear_pointwise
-    return [lambda: run(x, held, bias, "none", [], "")]
+    return lambda: conv(x, data, bias, case.outputs, sizes, stride, pad, (1, 1), case.groups)
 
 
 def _correct(case: Case, x: Tensor, weight: Tensor, bias: Tensor, y: Tensor) -> bool:
@@ -349,7 +312,7 @@ def _median_iqr(series: Sequence[float]) -> tuple[float, float]:
 
 HEAD = (
     f"{'layer':42} {'pattern':12} {'zeros':>5} {'us':>8} {'call us':>8} {'dense us':>9} "
-    f"{'ratio':>6} {'csr us':>8} {'of limit':>8}"
+    f"{'ratio':>6} {'csr us':>8} {'ort us':>8} {'of limit':>8}"
 )
 
 
@@ -357,11 +320,11 @@ def _line(row: Row) -> str:
     name = f"{row.kind} {row.shape}"
     if not row.correct:
         return f"{name:42} {row.pattern:12} {row.sparsity:5.2f} WRONG RESULT, not timed"
-    csr = "-" if row.csr_us is None else f"{row.csr_us:.1f}"
+    csr, ort = ("-" if us is None else f"{us:.1f}" for us in (row.csr_us, row.onnxruntime_us))
     share = "-" if row.limit_us is None else f"{row.limit_us / (row.us or 1):.0%}"
     return (
         f"{name:42} {row.pattern:12} {row.sparsity:5.2f} {row.us:8.1f} {row.call_us:8.1f} "
-        f"{row.dense_us:9.1f} {row.ratio:5.2f}x {csr:>8} {share:>8}"
+        f"{row.dense_us:9.1f} {row.ratio:5.2f}x {csr:>8} {ort:>8} {share:>8}"
     )
 
 

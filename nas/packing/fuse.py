@@ -29,6 +29,14 @@ _RESHAPES = {
     aten.reshape.default,
     aten.view.default,
 }
+_VIEWS = {
+    aten.permute.default,
+    aten.reshape.default,
+    aten.select.int,
+    aten.transpose.int,
+    aten.unsqueeze.default,
+    aten.view.default,
+}
 _CHECKS = {
     aten._assert_async.msg,
     aten._assert_scalar.default,
@@ -63,6 +71,7 @@ def fuse(module: GraphModule, paths: Mapping[int, str]) -> tuple[str, ...]:
     activation that follow with no other reader are taken into it.
     """
     _drop_noops(module)
+    _drop_copies(module)
     constants.fold(module)
     notes = tuple(_make_layers(module, paths))
     _drop_reshapes(module)
@@ -101,6 +110,33 @@ def _drop_reshapes(module: GraphModule) -> None:
             shapes = [str(part.meta["val"].shape) for part in (node, node.args[0])]
             if shapes[0] == shapes[1]:
                 _forward(module, node)
+
+
+def _drop_copies(module: GraphModule) -> None:
+    """A copy that views alone read is left to them: of one sample they often need none.
+
+    So they do of attention's queries, keys and values, which are three parts of one product.
+    """
+    nodes = list(module.graph.nodes)
+    if any(
+        getattr(node.target, "_schema", None) and node.target._schema.is_mutable for node in nodes
+    ):
+        return
+    for node in nodes:
+        parts = {user.target for user in node.users} == {aten.select.int}
+        alone = len(node.users) == 1 and all(user.target in _VIEWS for user in node.users)
+        if node.target is aten.contiguous.default and (parts or alone):
+            _loosen(node)
+            _forward(module, node)
+
+
+def _loosen(node: Node) -> None:
+    """Views of what is no longer contiguous may have to copy."""
+    for user in node.users:
+        if user.target in _VIEWS:
+            _loosen(user)
+            if user.target is aten.view.default:
+                user.target = aten.reshape.default
 
 
 def _forward(module: GraphModule, node: Node) -> None:

@@ -1,0 +1,44 @@
+"""Copies that only views read are left to the views, and only those."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nas.packing import pack
+from tests.pack_models import assert_same, masked, transformer
+
+
+class Shuffle(nn.Module):
+    """Channels of two groups in turn, as in ShuffleNet."""
+
+    def __init__(self, change: bool) -> None:
+        super().__init__()
+        self.first, self.last, self.change = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1), change
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        pairs = x.view(-1, 2, 4, 6, 6).transpose(1, 2).contiguous()
+        if self.change:
+            pairs.mul_(2)
+        return self.last(pairs.view(-1, 8, 6, 6)) + x[:, :4]
+
+
+def targets(module: nn.Module) -> list[str]:
+    return [str(node.target) for node in module.graph.nodes]  # type: ignore[union-attr]
+
+
+def test_attention_takes_its_parts_where_they_lie() -> None:
+    module = masked(transformer())
+    packed = pack(module, torch.randn(2, 5, 16))
+    assert "aten.contiguous.default" not in targets(packed.body)
+    assert_same(packed, module, (5, 16))
+
+
+@pytest.mark.parametrize("change", [False, True])
+def test_a_copy_that_is_written_into_stays(change: bool) -> None:
+    module = masked(Shuffle(change))
+    packed = pack(module, torch.randn(2, 3, 6, 6))
+    assert ("aten.contiguous.default" in targets(packed.body)) == change
+    assert_same(packed, module, (3, 6, 6))

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 Call = Callable[[], Any]
 SPREAD_LIMIT = 0.1
 WARM_UP = 3
+FEWEST = 3  # rounds of slow calls
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,12 @@ def _timing(times: list[list[float]], threads: int, core: int | None, device: st
 
 
 def interleaved(calls: Sequence[Call], seconds: float, rounds: int) -> list[float]:
-    """Median seconds of each of `calls` (CPU), timed turn by turn for about `seconds` in all."""
-    return [statistics.median(times) for times in _rounds(calls, "cpu", rounds, seconds)]
+    """Median seconds of each of `calls` (CPU), timed turn by turn for about `seconds` in all.
+
+    Slow calls get fewer than `rounds`, but three at least.
+    """
+    found = _rounds(calls, "cpu", rounds, seconds, min(rounds, FEWEST))
+    return [statistics.median(times) for times in found]
 
 
 def profile(
@@ -134,13 +139,18 @@ def profile(
     }
 
 
-def _rounds(calls: Sequence[Call], device: str, rounds: int, seconds: float) -> list[list[float]]:
+def _rounds(
+    calls: Sequence[Call], device: str, rounds: int, seconds: float, fewest: int | None = None
+) -> list[list[float]]:
     clock = _cuda_clock if device == "cuda" else _clock
     for _ in range(WARM_UP - 1):
         for call in calls:
             call()
+    once = [clock(call, 1) for call in calls]
+    if fewest is not None:
+        rounds = max(fewest, min(rounds, int(seconds / sum(once))))
     share = seconds / rounds / len(calls)
-    repeats = [max(1, int(share / clock(call, 1))) for call in calls]
+    repeats = [max(1, int(share / taken)) for taken in once]
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(rounds):
         for taken, call, repeat in zip(times, calls, repeats, strict=True):

@@ -108,7 +108,7 @@ def validate(data: Tensor, meta: dict[str, Any]) -> None:
         )
     raw = data.cpu().numpy()
     check(raw)
-    true = _meta(raw)
+    true = _meta(raw, unpack(torch.from_numpy(raw)).numpy())
     for key in true.keys() | meta.keys():
         if meta.get(key) != true.get(key):
             raise ValueError(
@@ -153,10 +153,10 @@ def _weight(weight: Tensor, name: str, dims: tuple[str, ...]) -> Weight:
 
 def _packed(weight: Weight, shape: b.Shape, slices: b.Slices) -> Packed:
     raw = b.write(shape, _entries(weight, shape), slices, int(np.count_nonzero(weight)))
-    return Packed(torch.from_numpy(raw), _meta(raw))
+    return Packed(torch.from_numpy(raw), _meta(raw, weight))
 
 
-def _meta(raw: b.Bytes) -> dict[str, Any]:
+def _meta(raw: b.Bytes, weight: Weight) -> dict[str, Any]:
     shape = b.shape_of(raw)
     return {
         "format": b.VERSION,
@@ -164,15 +164,10 @@ def _meta(raw: b.Bytes) -> dict[str, Any]:
         "shape": list(shape.weight_shape),
         "groups": shape.groups,
         "dtype": list(b.DTYPES)[shape.dtype],
-        "pattern": pattern_of(_kept(raw, shape)),
+        "pattern": pattern_of(weight.reshape(shape.rows, shape.channels, shape.taps) != 0),
         "block": f"{shape.block}x1",
         "nonzeros": int(b.head(raw)["nonzeros"]),
     }
-
-
-def _kept(raw: b.Bytes, shape: b.Shape) -> npt.NDArray[np.bool_]:
-    kept = unpack(torch.from_numpy(raw)).numpy() != 0
-    return kept.reshape(shape.rows, shape.channels, shape.taps)
 
 
 def _block(weight: Weight, groups: int) -> int:

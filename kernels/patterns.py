@@ -4,6 +4,7 @@ import numpy as np
 import numpy.typing as npt
 
 _GROUPS = (2, 4, 8, 16, 32)
+_FEW = 8  # rows that are looked at first
 _FULL = 0.98  # of the places that n:m allows: weights may be zero by chance, masks are not
 
 
@@ -37,11 +38,19 @@ def _block(kept: npt.NDArray[np.bool_], axis: int) -> int:
 
 def _of_every(kept: npt.NDArray[np.bool_]) -> str:
     """`n:m` where every m channels keep n; "" where there is no such m."""
-    rows, channels, taps = kept.shape
     for m in _GROUPS:
-        if channels % m == 0:
-            counts = kept.reshape(rows, channels // m, m, taps).sum(2)
-            n = int(counts.max())
-            if n < m and counts.sum() >= _FULL * n * counts.size:
-                return f"{n}:{m}"
+        if (
+            kept.shape[1] % m == 0
+            and _kept_of(m, kept[:_FEW]) < m
+            and (n := _kept_of(m, kept)) < m
+        ):
+            return f"{n}:{m}"
     return ""
+
+
+def _kept_of(m: int, kept: npt.NDArray[np.bool_]) -> int:
+    """How many of every m channels are kept; m where that differs."""
+    rows, channels, taps = kept.shape
+    counts = kept.reshape(rows, channels // m, m, taps).sum(2)
+    n = int(counts.max())
+    return n if counts.sum() >= _FULL * n * counts.size else m

@@ -137,7 +137,7 @@ def _speed(report: Report, index: int) -> str:
         table(head, rows),
         "Milliseconds of a call, and times as fast, medians over rounds in which all networks of "
         "a trial took turns, on one thread; `!` marks a spread above 10 %. Twin and parent are "
-        "packed with dense kernels. What is unpacked runs torch's dense kernels on the masked "
+        "packed too, no zero left out. What is unpacked runs torch's dense kernels on the masked "
         "weights; that is no sparse speed. The share is what kernels, not calls of them, take of "
         f"a packed call; {KERNEL_SHARE:.0%} are wanted.",
         *(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 
 from kernels.network.graph import Graph, Step, X
 
 PIXEL = 16  # floats: images, or parts of fewer images
 PARTS = (1, 2, 4, 8)
+NEAR = 2**20  # floats that a step of a group reads and writes
 
 
 def fits(graph: Graph, parts: int) -> bool:
@@ -20,6 +22,16 @@ def fits(graph: Graph, parts: int) -> bool:
     if any(step.operation == "conv2d" and step.stride[1] > 2 for step in steps):
         return False
     return parts == 1 or all(_divides(graph, step, parts) for step in steps)
+
+
+def parts_for(graph: Graph, batch: int) -> int:
+    """The fewest parts that a batch fills and whose groups stay near; 0 where there are none."""
+    largest = max(sum(prod(graph.shapes[t]) for t in (s.source, s.out)) for s in graph.steps)
+    for parts in PARTS:
+        images = PIXEL // parts
+        if images <= batch and images * largest <= NEAR and fits(graph, parts):
+            return parts
+    return 0
 
 
 def _divides(graph: Graph, step: Step, parts: int) -> bool:

@@ -101,12 +101,13 @@ def _close(
     return partial(draws.assert_close, true=true, scale=scale)
 
 
-def program(graph: Graph, x: Tensor, threads: int = 1) -> Case:
+def program(graph: Graph, x: Tensor, threads: int = 1, parts: int = 0) -> Case:
     """A call of `sn_program`."""
     out, tail = (len(x), *graph.shapes[Y]), graph.shapes[Y]
     check = partial(assert_equals_reference, x=x, graph=graph)
     numbers = (*x.shape, *tail)
-    return Case(PROGRAM, x, write(graph), None, out, numbers, check, threads=threads)
+    blob = write(graph, parts)
+    return Case(PROGRAM, x, blob, None, out, numbers, check, threads=threads)
 
 
 class DriverError(Exception):

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 import kernels
 from kernels.native import build
 from kernels.network import Graph, Step, X, Y
+from kernels.network.lanes import PARTS, fits
 from kernels.network.plan import plan
 from tests.kernels import draws
 from tests.kernels.driver import Case, Driver, DriverError, compile_driver, conv2d, linear, program
-from tests.kernels.graphs import Drawn
+from tests.kernels.graphs import Drawn, residual_net
 from tests.kernels.test_sparse_conv2d import LARGE
 
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
@@ -85,7 +86,8 @@ def calls(draw: st.DrawFn) -> Case:
         size = draw(st.tuples(st.integers(1, 6), st.integers(1, 19), st.integers(1, 35)))
         steps = 1 if operation == "step" else draw(st.integers(2, 9))
         graph = one_step(seed, size) if steps == 1 else Drawn(seed, size).grow(steps)
-        return program(graph, draws.numbers(seed, min(batch, 5), *size), threads)
+        parts = draw(st.sampled_from([p for p in (0, *PARTS) if not p or fits(graph, p)]))
+        return program(graph, draws.numbers(seed, min(batch, 5), *size), threads, parts)
     density, rows = draw(draws.densities), draw(st.sampled_from([1, 4]))
     activation, with_bias = draw(draws.activations), draw(st.booleans())
     if operation == "conv2d":
@@ -126,7 +128,10 @@ def test_bands_and_groups_of_images_keep_to_their_arrays(driver: Driver) -> None
         cases.append(conv2d(conv, draws.numbers(0, *conv.x_shape), weight, None, "relu", 3))
     graph = Drawn(11, (5, 40, 40)).grow(6)
     x = draws.numbers(0, 2 * plan(graph).images + 1, 5, 40, 40)
-    driver.check([*cases, program(graph, x, threads=3)])
+    cases.append(program(graph, x, threads=3))
+    residual = residual_net()
+    x = draws.numbers(0, 19, *residual.shapes[X])
+    driver.check([*cases, *(program(residual, x, threads=3, parts=p) for p in (1, 2))])
 
 
 def test_one_float_beside_an_array_is_one_too_many(driver: Driver) -> None:

@@ -14,7 +14,7 @@ from kernels.network import Graph, Step, X, Y, lanes, reference, validate, write
 from kernels.network.plan import plan
 from kernels.network.program import read
 from tests.kernels import draws
-from tests.kernels.graphs import Drawn
+from tests.kernels.graphs import Drawn, residual_net
 
 sparse_chain = torch.ops.sparse_nas.sparse_chain
 on_every_isa = pytest.mark.usefixtures("isa")
@@ -98,28 +98,6 @@ def test_a_program_of_images_beside_each_other_equals_its_graph(
     x = draws.numbers(seed, batch, *shape)
     y = sparse_chain(x, program, list(graph.shapes[Y]))
     assert_equals_reference(y, x, graph)
-
-
-def residual_net() -> Graph:
-    """Strides, shortcuts, a concatenation, depthwise layers and a pool, as parts allow them."""
-    drawn = Drawn(5, (3, 16, 12))
-    graph, value = drawn.graph, X
-    for channels, stride, kernel, groups in (
-        *((8, 1, 3, 1), (8, 1, 3, 8), (8, 1, 5, 8), (8, 2, 3, 1), (8, 1, 1, 1)),
-        *((8, 1, 5, 2), (16, 1, 3, 1), (16, 2, 5, 16), (16, 1, 3, 1)),
-    ):
-        given = graph.shapes[value]
-        shape = (channels, given[1] // stride, given[2] // stride)
-        fused = drawn.fused(drawn.packed(channels, given[0], kernel, groups), channels)
-        walk = {"kernel": (kernel,) * 2, "padding": (kernel // 2,) * 2, "stride": (stride,) * 2}
-        other = value if given == shape else None
-        value = drawn.new(shape, "conv2d", value, other=other, **walk, **fused)
-    pooled = drawn.new((16, 2, 3), "pool", value, kernel=(2, 1), stride=(2, 1), kind="average")
-    joined = graph.tensor((32, 2, 3))
-    graph.steps += [Step("map", pooled, joined, at=at) for at in (0, 16)]
-    graph.shapes[Y] = (5, 1, 1)
-    drawn.linear(drawn.new((32, 1, 1), "mean", joined), 32, 5, Y)
-    return graph
 
 
 @on_every_isa

@@ -29,9 +29,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import kernels
+from kernels.limits import limits
 from kernels.native.library import library
 from kernels.network import Graph, Step, X, Y, lanes, step_s, write
-from scripts.core_limits import limits
 from scripts.kernel_peers import Layer
 
 Call = Callable[[], Tensor]
@@ -206,11 +206,12 @@ def _measure(case: Case, pattern: str, sparsity: float) -> Row:
 
 
 def _limit(case: Case, weight: Tensor, x: Tensor, y: Tensor) -> float | None:
-    if library() is None:
+    core = limits()
+    if core is None:
         return None
     kept = int(torch.count_nonzero(weight))
     positions = y.numel() // case.outputs
-    return limits().least_us(kept * positions, 4.0 * (kept + x.numel() + y.numel()))
+    return core.least_us(kept * positions, 4.0 * (kept + x.numel() + y.numel()))
 
 
 class _Inside:

@@ -4,12 +4,14 @@
 
 Masks keep the largest weights; accuracy is not the question here. Each packed network's output is
 checked against its masked module's first. All take turns, round by round; medians in milliseconds.
+Where a packed network is one call, what that takes beside the C core is measured too.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -23,8 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
-from nas.latency import interleaved
+from kernels.network import step_s
+from nas.latency import interleaved, no_gc
 from nas.masks import attach, bake
 from nas.packing import PackedNetwork, pack
 from nas.provenance import provenance
@@ -33,6 +37,7 @@ from search_spaces.cell import cell
 from search_spaces.sparsified import resnet
 
 SECONDS, ROUNDS = 0.3, 11
+PAIRS = 51  # of rounds, each of which gives a difference
 TOLERANCE = 1e-4  # of the largest output
 
 
@@ -101,6 +106,11 @@ def transformer() -> nn.Module:
     return nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
 
 
+def tiny() -> nn.Module:
+    """Two convolutions of 8 channels: what a call takes beside its kernels shows."""
+    return nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 1))
+
+
 @dataclass(frozen=True)
 class Case:
     """A network, its input, and which of its weights are masked."""
@@ -129,6 +139,7 @@ CASES = (
     Case("resnet-56", lambda: residual(56), SMALL, inner),
     Case("darts-cells", cells, SMALL, pointwise),
     Case("transformer", transformer, (64, 256), inner),
+    Case("tiny", tiny, (8, 4, 4), inner),
 )
 
 
@@ -153,6 +164,7 @@ def main() -> int:
     for case in CASES:
         if given.only is None or case.name in given.only:
             rows += measured(case, given)
+    print(*table(rows), sep="\n")
     if given.json:
         given.json.parent.mkdir(parents=True, exist_ok=True)
         found = {"machine": provenance("cpu"), "threads": given.threads, "rows": rows}
@@ -174,6 +186,7 @@ def measured(case: Case, given: argparse.Namespace) -> list[dict[str, Any]]:
         pack_s = time.perf_counter() - begun
         row = {"network": case.name, "batch": given.batch, "sparsity": sparsity, "pack_s": pack_s}
         row |= agreement(packed, sparse, x) | times(packed, twin, module, compiled, x)
+        row |= overhead(packed, x)
         if given.explain:
             print(packed.explain())
         print(json.dumps(row), flush=True)
@@ -218,6 +231,66 @@ def times(
     ms = {name: seconds * 1e3 for name, seconds in zip(calls, found, strict=True)}
     best = min(ms[name] for name in ("eager", "compiled") if name in ms)
     return {"ms": ms, "times_twin": ms["twin"] / ms["packed"], "times_torch": best / ms["packed"]}
+
+
+@torch.no_grad()
+def overhead(packed: PackedNetwork, x: Tensor) -> dict[str, Any]:
+    """Microseconds inside the C core, and of a call beside them; nothing if there are more calls.
+
+    The second is the median difference of neighbouring rounds: of a large network one of two
+    large numbers, so look at its spread.
+    """
+    program = only_program(packed)
+    if program is None:
+        return {}
+    (seconds,) = interleaved([partial(packed, x)], SECONDS / 3, ROUNDS)
+    count, rounds = max(1, int(SECONDS / PAIRS / 2 / seconds)), []
+    with no_gc():
+        for _ in range(PAIRS):
+            inside = sum(step_s(x, *program, count)) / count * 1e6
+            rounds.append((inside, clock(packed, x, count) / count * 1e6 - inside))
+    core, beside = zip(*rounds, strict=True)
+    low, middle, high = statistics.quantiles(beside, n=4)
+    found = {"core_us": statistics.median(core), "overhead_us": middle}
+    return found | {"overhead_iqr_us": high - low}
+
+
+def clock(call: Callable[[Tensor], Any], x: Tensor, count: int) -> float:
+    """Seconds of so many calls."""
+    begun = time.perf_counter()
+    for _ in range(count):
+        call(x)
+    return time.perf_counter() - begun
+
+
+def only_program(packed: PackedNetwork) -> tuple[Tensor, list[int]] | None:
+    """The program and the tail of its output, where a network calls one and nothing else."""
+    if not isinstance(packed.body, GraphModule):
+        return None
+    nodes = [node for node in packed.body.graph.nodes if node.op == "call_function"]
+    chain = torch.ops.sparse_nas.sparse_chain.default
+    rest = {node.target for node in nodes[1:]} - {torch.ops.aten.flatten.using_ints}
+    if not nodes or nodes[0].target is not chain or rest:
+        return None
+    _, program, tail = nodes[0].args
+    return packed.body.get_buffer(str(program.target)), list(tail)
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """The rows for reading: milliseconds, and microseconds of a call beside the C core."""
+    names = ("packed", "twin", "eager", "compiled")
+    head = f"{'network':14} {'zeros':>5} " + " ".join(f"{name + ' ms':>11}" for name in names)
+    lines = [f"{head} {'x twin':>7} {'x torch':>7} {'overhead us':>16}"]
+    for row in rows:
+        ms = " ".join(f"{row['ms'][n]:11.3f}" if n in row["ms"] else f"{'-':>11}" for n in names)
+        beside = "-"
+        if "overhead_us" in row:
+            beside = f"{row['overhead_us']:.1f} +- {row['overhead_iqr_us']:.1f}"
+        lines.append(
+            f"{row['network']:14} {row['sparsity']:5.2f} {ms} {row['times_twin']:7.2f} "
+            f"{row['times_torch']:7.2f} {beside:>16}"
+        )
+    return lines
 
 
 if __name__ == "__main__":

@@ -11,15 +11,19 @@ from typing import Any
 
 OK, MALFORMED, MISMATCH, UNCHECKED = range(4)
 _POINTER, _INT64, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_FLOAT = ctypes.c_float
 _WEIGHT = [_POINTER, _INT64, _POINTER]
 _LINEAR = [_POINTER, _INT64, _INT64, *_WEIGHT, _POINTER, _INT64, _INT, _INT]
 _CONV2D = [_POINTER, _POINTER, *_WEIGHT, _POINTER, _INT, _INT]
 _CHAIN = [_POINTER, _POINTER, _POINTER, _INT64, _POINTER, _POINTER, _INT, _POINTER]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Library:
-    """The C functions; `linear`, `conv2d` and `chain` return a status."""
+    """The C functions; `linear`, `conv2d` and `chain` return a status.
+
+    `multiply_adds(count)` and `reads(address, floats, times)` do that and nothing else.
+    """
 
     isa: str
     linear: Callable[..., int]
@@ -27,6 +31,8 @@ class Library:
     chain: Callable[..., int]
     mark_checked: Callable[[int, int], None]
     poison: Callable[[bool], None]
+    multiply_adds: Callable[[int], float]
+    reads: Callable[[int, int, int], float]
 
 
 @cache
@@ -66,6 +72,8 @@ def _load(isa: str, path: Path) -> Library:
         _bind(core.sn_program, _INT, _CHAIN),
         _bind(core.sn_checked, None, [_POINTER, _INT64]),
         _bind(core.sn_poison, None, [_INT]),
+        _bind(core.sn_multiply_adds, _FLOAT, [_INT64]),
+        _bind(core.sn_reads, _FLOAT, [_POINTER, _INT64, _INT64]),
     )
 
 

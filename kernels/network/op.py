@@ -2,9 +2,9 @@
 
 import ctypes
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache, partial
 
-from torch import Tensor, get_num_threads
+from torch import Size, Tensor, get_num_threads
 
 from kernels import calls
 from kernels.native.library import library
@@ -17,7 +17,7 @@ _Three, _Four = ctypes.c_int64 * 3, ctypes.c_int64 * 4
 
 def _run(x: Tensor, program: Tensor, out_tail: Sequence[int]) -> Tensor:
     calls.check_tensors("sparse_chain", x, program, None, 0)
-    shape, sizes, tail = _shapes(x, out_tail)
+    shape, sizes, tail = _shapes(x.shape, tuple(out_tail))
     lib = library()
     if lib is None:
         return _plain(x, program, out_tail).reshape(shape)
@@ -41,7 +41,7 @@ def step_s(x: Tensor, program: Tensor, out_tail: Sequence[int], calls: int = 1) 
     y, lib = _run(x, program, out_tail), library()
     if lib is None:
         raise RuntimeError("step_s: needs the compiled core, kernels run as plain PyTorch here")
-    _, sizes, tail = _shapes(x, out_tail)
+    _, sizes, tail = _shapes(x.shape, tuple(out_tail))
     x, times = x.contiguous(), (ctypes.c_int64 * step_count(program))()
     pointers = (x.data_ptr(), sizes, program.data_ptr(), program.numel(), y.data_ptr(), tail)
     for _ in range(calls):
@@ -49,18 +49,19 @@ def step_s(x: Tensor, program: Tensor, out_tail: Sequence[int], calls: int = 1) 
     return [taken / 1e9 for taken in times]
 
 
-def _shapes(x: Tensor, out_tail: Sequence[int]) -> tuple[tuple[int, ...], object, object]:
+@lru_cache(maxsize=4096)
+def _shapes(x: Size, out_tail: tuple[int, ...]) -> tuple[tuple[int, ...], object, object]:
     """The shape of y, and for the C core the sizes of x and the tail of y."""
-    tail = len(out_tail)
-    if tail not in (1, 3) or x.dim() < 1 or (tail == 3 and x.dim() != 4) or min(out_tail) < 0:
+    images = len(out_tail) == 3 and len(x) == 4
+    features = len(out_tail) == 1 and len(x) >= 1
+    if not (images or features) or min(out_tail) < 0:
         raise ValueError(
             "sparse_chain: x must be (..., in) with out_tail [out], or (N, C, H, W) with out_tail "
-            f"[C, H, W], got {tuple(x.shape)} with {list(out_tail)}"
+            f"[C, H, W], got {tuple(x)} with {list(out_tail)}"
         )
-    if tail == 3:
-        return (x.shape[0], *out_tail), _Four(*x.shape), _Three(*out_tail)
-    batch = x.shape[:-1].numel()
-    return (*x.shape[:-1], *out_tail), _Four(batch, x.shape[-1], 1, 1), _Three(*out_tail, 1, 1)
+    if images:
+        return (x[0], *out_tail), _Four(*x), _Three(*out_tail)
+    return (*x[:-1], *out_tail), _Four(x[:-1].numel(), x[-1], 1, 1), _Three(*out_tail, 1, 1)
 
 
 def _plain(x: Tensor, program: Tensor, out_tail: Sequence[int]) -> Tensor:

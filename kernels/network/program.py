@@ -254,3 +254,10 @@ def tails(program: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
 def step_count(program: Tensor) -> int:
     """The number of steps of a checked program."""
     return int(program.numpy()[: _HEAD.itemsize].view(_HEAD)[0]["steps"])
+
+
+def weighted_steps(program: Tensor) -> list[int]:
+    """The numbers of the steps of a checked program that have a weight, in their order."""
+    raw = program.numpy()
+    _, steps = _records(raw, raw[: _HEAD.itemsize].view(_HEAD)[0])
+    return [int(number) for number in np.flatnonzero(steps["weight"] >= 0)]

@@ -6,7 +6,7 @@ check_kernels()
 
 from nas.packing.network import PackedNetwork
 from nas.packing.pack import pack
-from nas.packing.report import PackedLayer
+from nas.packing.report import PackedLayer, PackedRun
 from nas.packing.store import load, save
 
-__all__ = ["PackedLayer", "PackedNetwork", "load", "pack", "save"]
+__all__ = ["PackedLayer", "PackedNetwork", "PackedRun", "load", "pack", "save"]

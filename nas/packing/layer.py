@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import kernels
+from kernels.calls import out_size
 
 aten = torch.ops.aten
 
@@ -59,7 +61,20 @@ class Layer:
     @property
     def sparsity(self) -> float:
         """The share of zeros in the weight."""
-        return 1.0 - int(torch.count_nonzero(self.weight)) / max(1, self.weight.numel())
+        return 1.0 - self.nonzeros / max(1, self.weight.numel())
+
+    @property
+    def nonzeros(self) -> int:
+        """How many elements of the weight are not zero."""
+        return int(torch.count_nonzero(self.weight))
+
+    def positions(self, given: tuple[int, ...]) -> int:
+        """Where the weight is applied to an input of this shape: samples, or output pixels."""
+        if self.conv is None:
+            return prod(given[:-1])
+        conv, kernel = self.conv, self.weight.shape[2:]
+        axes = zip(given[2:], kernel, conv.stride, conv.padding, conv.dilation, strict=True)
+        return given[0] * prod(out_size(*axis) for axis in axes)
 
     @cached_property
     def packed(self) -> kernels.Packed:

@@ -116,7 +116,8 @@ def _network(
     )
     body, layout = fastest_layout(lowered, example)
     spec = None if traced.out_spec.is_leaf() else traced.out_spec
-    return PackedNetwork(body, describe(choices, runs), notes, Signature.of(example), spec, layout)
+    layers, parts = describe(choices, runs)
+    return PackedNetwork(body, layers, notes, Signature.of(example), spec, layout, runs=parts)
 
 
 def _faster(

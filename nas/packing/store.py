@@ -19,9 +19,9 @@ from torch.utils._pytree import treespec_dumps, treespec_loads
 
 from nas.packing.layout import channels_last
 from nas.packing.network import PackedNetwork, Signature
-from nas.packing.report import PackedLayer
+from nas.packing.report import PackedLayer, PackedRun
 
-FORMAT = 1
+FORMAT = 2
 GRAPH, TENSORS = "packed.json", "packed.safetensors"
 _OPERATORS = {"getitem", "add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "pow"}
 _MAKERS: dict[str, Callable[[Any], Any]] = {"float": float, "device": torch.device}
@@ -50,6 +50,7 @@ def save(network: PackedNetwork, folder: Path | str) -> None:
         "layout": network.layout,
         "whole": network.whole,
         "layers": [asdict(layer) for layer in network.layers],
+        "runs": [asdict(run) for run in network.runs],
         "notes": list(network.notes),
         "nodes": [_node_json(node) for node in body.graph.nodes],
     }
@@ -85,6 +86,7 @@ def load(folder: Path | str) -> PackedNetwork:
         None if spec is None else treespec_loads(spec),
         content["layout"],
         content["whole"],
+        tuple(PackedRun(**row) for row in content["runs"]),
     )
 
 

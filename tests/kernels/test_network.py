@@ -10,7 +10,7 @@ from torch import Tensor
 
 import kernels
 from kernels.blob import seal
-from kernels.network import Graph, Step, X, Y, lanes, reference, validate, write
+from kernels.network import Graph, Step, X, Y, lanes, reference, validate, weighted_steps, write
 from kernels.network.plan import plan
 from kernels.network.program import read
 from tests.kernels import draws
@@ -167,6 +167,14 @@ def test_neighbouring_convolutions_run_in_place() -> None:
     """On lines: the first one's copies are its input's, the last one's scatter is its output's."""
     how = plan(one_conv())
     assert list(how.offsets) == list(how.inside) == [1]
+
+
+def test_steps_with_weights_are_known_where_a_sum_was_taken_out_of_one() -> None:
+    shape, packed = (4, 9, 8), kernels.pack_conv2d(draws.weight(1, (4, 4, 1, 1), 0.4, 1))
+    steps = [Step("conv2d", X, 2, other=X, packed=packed), Step("conv2d", 2, Y, packed=packed)]
+    program = write(Graph([shape] * 3, steps=steps))
+    assert [step.operation for step in read(program).steps] == ["conv2d", "map", "conv2d"]
+    assert weighted_steps(program) == [0, 2]
 
 
 @on_every_isa

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nas.latency import Timing, measure, profile
 from nas.packing import pack
+from tests.pack_models import prefer
 
 X = torch.ones(2, 4)
 
@@ -145,6 +146,7 @@ def test_a_profile_splits_the_whole_call() -> None:
 
 def test_a_profile_tells_kernels_from_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each operator takes 1 s to call and 1 s per row: two of them make 2 of 2 + 2 x 3."""
+    prefer(monkeypatch, lambda kernel: {"dense": 1.0, "apart": 2.0}.get(kernel.name, 3.0))
     packed = pack(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), X)
     clock = Clock(monkeypatch)
     linear = torch.ops.aten.linear.default

@@ -128,6 +128,7 @@ def test_explain_shows_every_layer_with_its_kernel(monkeypatch: pytest.MonkeyPat
     packed = pack(masked(Mlp()), torch.randn(4, 33))
     head, *rows = packed.explain().splitlines()
     assert head.split()[:3] == ["layer", "weight", "input"]
+    assert head.split()[6:] == ["us", "of", "limit", "dense", "us", "ratio"]
     assert [row.split()[:3] for row in rows] == [
         ["1", "65x33", "4x33"],
         ["5", "31x65", "4x65"],

@@ -151,6 +151,39 @@ def test_a_packed_network_refuses_other_shapes_types_and_training() -> None:
         packed.train()
 
 
+def test_what_was_accepted_before_lets_nothing_else_in() -> None:
+    class Sum(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return x + y
+
+    packed = pack(Sum(), (torch.randn(2, 8), torch.randn(2, 8)))
+    for batch in (2, 5, 2):
+        x, y = torch.randn(batch, 8), torch.randn(batch, 8)
+        torch.testing.assert_close(packed(x, y), x + y)
+        for wrong in (y[:1], y[:, :7], y.double()):
+            with pytest.raises(ValueError, match="input 1 was packed as"):
+                packed(x, wrong)
+        with pytest.raises(ValueError, match="takes 2 inputs, got 1"):
+            packed(x)
+
+
+def test_a_call_that_fails_leaves_gradients_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = pack(masked(Mlp()), torch.randn(2, 33))
+    assert packed(torch.randn(1, 33)).shape == (1, 7) and torch.is_grad_enabled()
+
+    def fails(*_: Tensor) -> Tensor:
+        assert not torch.is_grad_enabled()
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(packed, "_call", fails)
+    for recording in (True, False):
+        with torch.set_grad_enabled(recording), pytest.raises(RuntimeError, match="broken"):
+            packed(torch.randn(1, 33))
+        with torch.set_grad_enabled(recording):
+            assert torch.is_grad_enabled() == recording
+    assert torch.is_grad_enabled()
+
+
 def test_a_packed_network_records_no_gradient() -> None:
     packed = pack(masked(Mlp()), torch.randn(2, 33))
     assert not packed(torch.randn(2, 33, requires_grad=True)).requires_grad

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.network.program import read
 from nas.packing import pack
 from nas.packing.layer import Kernel
 from tests.pack_models import (
@@ -44,8 +45,26 @@ def test_a_run_is_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     packed = pack(masked(Mlp()), torch.randn(1, 33))
     aten, ops = torch.ops.aten, torch.ops.sparse_nas
     assert calls(packed) == [aten.flatten.using_ints, ops.sparse_chain.default]
-    assert sum(layer.us for layer in packed.layers) == pytest.approx(3.0)
     assert kernels_of(packed) == {"sparse_chain[0]"}
+
+
+@pytest.mark.parametrize(("batch", "parts"), [(1, 0), (8, 2), (20, 1)])
+def test_several_small_images_may_lie_beside_each_other(
+    batch: int, parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the clock of this test the fewer images a program takes at a time the slower it is."""
+
+    def parts_of(kernel: Kernel) -> int:
+        return read(kernel.steps[0].args[0]).parts
+
+    ranks = {"sparse_conv2d": 20.0, "sparse_linear": 20.0, "dense": 30.0, "apart": 40.0}
+    prefer(monkeypatch, lambda kernel: ranks.get(kernel.name) or 9.0 - bool(parts_of(kernel)))
+    module = masked(Residual(6))
+    packed = pack(module, torch.randn(batch, 6, 8, 8))
+    (program,) = (t for t in packed.body.state_dict().values() if t.dtype == torch.uint8)
+    assert read(program).parts == parts
+    assert_same(packed, module, (6, 8, 8))
+    assert all(layer.us > 0 for layer in packed.layers)
 
 
 def test_what_changes_nothing_does_not_cut_a_run(monkeypatch: pytest.MonkeyPatch) -> None:

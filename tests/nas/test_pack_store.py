@@ -25,6 +25,7 @@ def test_a_saved_network_comes_back_whole(
     loaded = load(tmp_path / "packed")
     assert_same(loaded, module, *shapes)
     assert loaded.explain() == packed.explain()
+    assert (loaded.layers, loaded.runs) == (packed.layers, packed.runs)
     assert loaded.signature == packed.signature
 
 
@@ -65,7 +66,7 @@ def test_a_network_without_a_graph_is_not_saved(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('"format": 1', '"format": 2', "format must be 1, got 2"),
+        ('"format": 2', '"format": 1', "format must be 2, got 1"),
         ("aten.linear.default", "aten.no_such.default", "aten.no_such.default"),
         ("aten.linear.default", "aten.linear.default.__class__", "__class__"),
         ("aten.linear.default", "operator.attrgetter", "attrgetter"),

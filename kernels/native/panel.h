@@ -2,6 +2,8 @@
 // packed weight. A non-zero is (weight, offset): broadcast the weight, N multiply-adds from memory.
 // Every output adds its non-zeros in storage order, whatever the panel and the thread: bit-equal.
 #pragma once
+#include <type_traits>
+
 #include "blob.h"
 #include "simd.h"
 #include "threads.h"
@@ -127,8 +129,9 @@ static inline __attribute__((always_inline)) void unit_rows(const Rows& w, int c
 
 // units [from, to) on one panel; partial: room for (to - from) * block * N vectors
 template <bool Blocks, int N, int A, int S, class Store>
-static void panel(const Rows rows, int from, int to, const float* x, float* partial, const Store store_) {
-  const Rows w = rows;  // in registers: nothing that is stored can change it
+static void panel(const Rows& rows, int from, int to, const float* x, float* partial, const Store store_) {
+  // copied into registers, since what is stored might change the original; of blocks there is no room
+  std::conditional_t<Blocks, const Rows&, const Rows> w = rows;
   const Store out = store_;
   constexpr int R = Blocks ? 4 : N == 1 ? 4 : N <= 3 ? 2 : 1;
   constexpr int units = Blocks ? 1 : R;

@@ -67,6 +67,7 @@ class Row:
     Attributes:
         us: of the kernel, inside the core.
         call_us: of the operator, called from Python on NCHW.
+        float32_us: of the kernel with weights stored in float32, where `us` is that of bfloat16.
         csr_us: of PyTorch's CSR product, where there is one.
         onnxruntime_us: of ONNX Runtime's dense layer, where it is installed.
         limit_us: the least that one core could take.
@@ -83,6 +84,7 @@ class Row:
     call_us: float | None = None
     dense_us: float | None = None
     dense_iqr_us: float | None = None
+    float32_us: float | None = None
     csr_us: float | None = None
     onnxruntime_us: float | None = None
     limit_us: float | None = None
@@ -152,7 +154,8 @@ def _plan(sparsities: Sequence[float], only: str) -> Iterator[tuple[Case, str, f
             if only in f"{case.kind} {case} dense":
                 yield case, "dense", 0.0
             continue
-        for pattern in ("unstructured", "4x1"):
+        stored = ("bfloat16",) if case.kind == "linear, batch 1" else ()
+        for pattern in ("unstructured", "4x1", *stored):
             for sparsity in sparsities:
                 if only in f"{case.kind} {case} {pattern}":
                     yield case, pattern, sparsity
@@ -178,17 +181,19 @@ def _machine(threads: int) -> dict[str, str | int]:
 def _measure(case: Case, pattern: str, sparsity: float) -> Row:
     torch.manual_seed(0)
     x, weight, bias = _tensors(case, pattern, sparsity)
-    call, inside = _sparse(case, x, weight, bias), _inside(case, x, weight, bias)
+    stored = weight.bfloat16() if pattern == "bfloat16" else weight
+    call, inside = _sparse(case, x, stored, bias), _inside(case, x, stored, bias)
+    own = [] if stored is weight else [_inside(case, x, weight, bias).clock]
     layer = Layer(x, weight, bias, case.stride, case.groups)
     dense, csr, ort = layer.dense(), layer.csr(), layer.onnxruntime()
     results = [call(), inside.result()]
     if not all(_correct(case, x, weight, bias, y) for y in results):
         return Row(case.kind, str(case), pattern, sparsity, False)
-    clocks = [inside.clock, *map(_clock, [call, *csr, *ort, *dense])]
+    clocks = [inside.clock, _clock(call), *own, *map(_clock, [*csr, *ort, *dense])]
     times = [_median_iqr(series) for series in _interleave(clocks)]
     us, iqr = times[0]
     peers = iter(times[2:])
-    csr_us, ort_us = (next(peers)[0] if them else None for them in (csr, ort))
+    own_us, csr_us, ort_us = (next(peers)[0] if them else None for them in (own, csr, ort))
     dense_us, dense_iqr = min(peers)
     found = {
         "us": us,
@@ -196,9 +201,10 @@ def _measure(case: Case, pattern: str, sparsity: float) -> Row:
         "call_us": times[1][0],
         "dense_us": dense_us,
         "dense_iqr_us": dense_iqr,
+        "float32_us": own_us,
         "csr_us": csr_us,
         "onnxruntime_us": ort_us,
-        "limit_us": _limit(case, weight, x, results[0]),
+        "limit_us": _limit(case, stored, x, results[0]),
         "ratio": dense_us / us,
     }
     rounded = {k: None if v is None else round(v, 2) for k, v in found.items()}
@@ -211,7 +217,8 @@ def _limit(case: Case, weight: Tensor, x: Tensor, y: Tensor) -> float | None:
         return None
     kept = int(torch.count_nonzero(weight))
     positions = y.numel() // case.outputs
-    return core.least_us(kept * positions, 4.0 * (kept + x.numel() + y.numel()))
+    size = weight.element_size() * kept + 4.0 * (x.numel() + y.numel())
+    return core.least_us(kept * positions, size)
 
 
 class _Inside:
@@ -254,6 +261,8 @@ def _tensors(case: Case, pattern: str, sparsity: float) -> tuple[Tensor, Tensor,
     rows = 4 if pattern == "4x1" else 1
     mask = torch.rand(case.outputs // rows, 1, *weight.shape[1:]) >= sparsity
     weight *= mask.expand(-1, rows, *weight.shape[1:]).reshape(weight.shape)
+    if pattern == "bfloat16":
+        weight = weight.bfloat16().float()
     return torch.randn(shape), weight, torch.randn(case.outputs)
 
 
@@ -336,6 +345,9 @@ def means(rows: Sequence[Row]) -> list[str]:
         if row.ratio is not None:
             by = found.setdefault(f"{row.kind}, {row.pattern}", {})
             by.setdefault(row.sparsity, []).append(row.ratio)
+        if row.float32_us is not None and row.us is not None:
+            by = found.setdefault(f"{row.kind}, {row.pattern} over own float32", {})
+            by.setdefault(row.sparsity, []).append(row.float32_us / row.us)
     return [
         f"{name:42} "
         + " / ".join(f"{statistics.geometric_mean(by[s]):.2f}" for s in sorted(by))

@@ -15,24 +15,18 @@ ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2, "silu": 3, "gelu": 4}
 
 
 def define(schema: str, run: Callable[..., Tensor], fake: Callable[..., Tensor]) -> None:
-    """Adds an inference operator to `torch.ops.sparse_nas`; x in bfloat16 is its edge's matter."""
+    """Adds an inference operator to `torch.ops.sparse_nas`."""
     name = schema.split("(")[0]
     tags = (torch.Tag.pt2_compliant_tag,)
     FRAGMENT.define(schema, tags=tags)  # type: ignore[no-untyped-call]
-    FRAGMENT.impl(name, _widening(run), "CPU")  # type: ignore[no-untyped-call]
+    FRAGMENT.impl(name, run, "CPU")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"sparse_nas::{name}", fake, lib=FRAGMENT)
 
 
-def _widening(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`run`, for an x in bfloat16 too: computed in float32, rounded at the end."""
-
-    def either(x: Tensor, *rest: object) -> Tensor:
-        if x.dtype is not torch.bfloat16:
-            return run(x, *rest)
-        wide = (r.float() if isinstance(r, Tensor) and r.dtype is x.dtype else r for r in rest)
-        return run(x.float(), *wide).bfloat16()
-
-    return either
+def in_float32(run: Callable[..., Tensor], x: Tensor, *rest: object) -> Tensor:
+    """What `run` gives for an x in bfloat16: computed in float32, rounded at the end."""
+    wide = (r.float() if isinstance(r, Tensor) and r.dtype is x.dtype else r for r in rest)
+    return run(x.float(), *wide).bfloat16()
 
 
 def activation_code(name: str, activation: str) -> int:

@@ -72,6 +72,8 @@ class Layer:
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
+        # its threads would go on looking for work while others are timed
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         session = onnxruntime.InferenceSession(
             self._onnx(), options, providers=["CPUExecutionProvider"]
         )

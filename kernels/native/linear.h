@@ -3,6 +3,7 @@
 #pragma once
 #include "panel.h"
 #include "threads.h"
+#include "transpose.h"
 
 namespace sn {
 
@@ -151,29 +152,6 @@ static void linear_few(const Layer& layer, const float* x, int64_t batch, float*
 }
 
 // --- samples as lanes
-
-static void transpose4(const float* from, int64_t from_pitch, float* to, int64_t to_pitch) {
-#if defined(__SSE2__)
-  __m128 a = _mm_loadu_ps(from), b = _mm_loadu_ps(from + from_pitch);
-  __m128 c = _mm_loadu_ps(from + 2 * from_pitch), d = _mm_loadu_ps(from + 3 * from_pitch);
-  _MM_TRANSPOSE4_PS(a, b, c, d);
-  _mm_storeu_ps(to, a), _mm_storeu_ps(to + to_pitch, b);
-  _mm_storeu_ps(to + 2 * to_pitch, c), _mm_storeu_ps(to + 3 * to_pitch, d);
-#else
-  for (int i = 0; i < 4; ++i)
-    for (int j = 0; j < 4; ++j) to[j * to_pitch + i] = from[i * from_pitch + j];
-#endif
-}
-
-// to[c][r] = from[r][c]
-static void transpose(const float* from, int64_t rows, int64_t cols, int64_t from_pitch, float* to, int64_t to_pitch) {
-  const int64_t whole_rows = rows / 4 * 4, whole_cols = cols / 4 * 4;
-  for (int64_t c = 0; c < whole_cols; c += 4)
-    for (int64_t r = 0; r < whole_rows; r += 4)
-      transpose4(from + r * from_pitch + c, from_pitch, to + c * to_pitch + r, to_pitch);
-  for (int64_t c = 0; c < cols; ++c)
-    for (int64_t r = c < whole_cols ? whole_rows : 0; r < rows; ++r) to[c * to_pitch + r] = from[r * from_pitch + c];
-}
 
 // lanes in and lanes out
 static void lanes_layer(const Layer& layer, const float* x, float* y, int64_t pitch) {

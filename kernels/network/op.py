@@ -4,7 +4,7 @@ import ctypes
 from collections.abc import Sequence
 from functools import lru_cache, partial
 
-from torch import Size, Tensor, get_num_threads
+from torch import Size, Tensor, bfloat16, get_num_threads
 
 from kernels import calls
 from kernels.native.library import library
@@ -16,6 +16,8 @@ _Three, _Four = ctypes.c_int64 * 3, ctypes.c_int64 * 4
 
 
 def _run(x: Tensor, program: Tensor, out_tail: Sequence[int]) -> Tensor:
+    if x.dtype is bfloat16:
+        return calls.in_float32(_run, x, program, out_tail)
     calls.check_tensors("sparse_chain", x, program, None, 0)
     shape, sizes, tail = _shapes(x.shape, tuple(out_tail))
     lib = library()

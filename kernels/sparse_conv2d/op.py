@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 
-from torch import Tensor, get_num_threads
+from torch import Tensor, bfloat16, get_num_threads
 
 from kernels import calls
 from kernels.blob import CONV2D, shape_of
@@ -30,6 +30,9 @@ def _run(
     groups: int,
     activation: str = "none",
 ) -> Tensor:
+    walk = (kernel_size, stride, padding, dilation, groups, activation)
+    if x.dtype is bfloat16:
+        return calls.in_float32(_run, x, weight, bias, out_channels, *walk)
     code = calls.activation_code("sparse_conv2d", activation)
     calls.check_tensors("sparse_conv2d", x, weight, bias, out_channels)
     pairs = (tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation))

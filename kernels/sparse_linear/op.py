@@ -2,7 +2,7 @@
 
 from functools import lru_cache, partial
 
-from torch import Size, Tensor, get_num_threads
+from torch import Size, Tensor, bfloat16, get_num_threads
 
 from kernels import calls
 from kernels.blob import LINEAR, shape_of
@@ -19,6 +19,8 @@ SCHEMA = (
 def _run(
     x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, activation: str = "none"
 ) -> Tensor:
+    if x.dtype is bfloat16:
+        return calls.in_float32(_run, x, weight, bias, out_features, activation)
     code = calls.activation_code("sparse_linear", activation)
     calls.check_tensors("sparse_linear", x, weight, bias, out_features)
     if not x.dim():

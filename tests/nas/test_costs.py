@@ -1,10 +1,12 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from nas.choices import Choice, Picks, When
@@ -198,3 +200,20 @@ assert nas.Problem(space, (nas.Objective("error"),), {}, 1, 1)
 assert "torch" not in sys.modules, "torch was imported"
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_a_layer_that_is_called_twice_counts_twice() -> None:
+    """Its time in a packed network is the sum of its calls'."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.last = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return cast(Tensor, self.last(self.layer(self.layer(x).abs())))
+
+    x = torch.randn(4, 64)
+    found = Latency().measure(Twice(), Twice(), x)["layers"]
+    assert found.keys() == {"layer", "last"}
+    assert found["layer"] > 1.2 * found["last"]

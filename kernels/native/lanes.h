@@ -47,7 +47,7 @@ static void close_edges(const View& v, int64_t channel, int64_t parts) {
 // dense (NCHW) images to lanes and back; a row of 16 images is a matrix to be turned
 static void enter(const View& from, const View& to, int64_t images, int64_t channels, int64_t parts, int threads) {
   const int64_t lanes = kPixel / parts, rows = to.height;
-  parallel(channels, useful_threads(threads, static_cast<double>(channels * rows * to.pitch)), [&](int64_t c) {
+  parallel(channels, useful_threads(threads, kTouch * static_cast<double>(channels * rows * to.pitch)), [&](int64_t c) {
     for (int64_t r = 0; r < rows; ++r) {
       float* row = to.at(0, c) + r * to.pitch;
       if (images < lanes) clear(row, to.width * kPixel);
@@ -59,7 +59,7 @@ static void enter(const View& from, const View& to, int64_t images, int64_t chan
 }
 static void leave(const View& from, const View& to, int64_t images, int64_t channels, int64_t parts, int threads) {
   const int64_t lanes = kPixel / parts, rows = from.height;
-  parallel(channels, useful_threads(threads, static_cast<double>(channels * rows * from.pitch)), [&](int64_t c) {
+  parallel(channels, useful_threads(threads, kTouch * static_cast<double>(channels * rows * from.pitch)), [&](int64_t c) {
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t part = 0; part < parts; ++part)
         transpose(from.at(0, c) + r * from.pitch + part * lanes, from.width, images, kPixel,
@@ -176,7 +176,7 @@ static void conv_lanes(const Conv& c, int64_t parts) {
 static void pool_lanes(const Pooling& p, int64_t channels, int64_t parts, int threads) {
   const double work = static_cast<double>(p.rows.taps * p.cols.taps * p.out.height * p.out.width * channels * kPixel);
   const vf none = splat(p.kind == kMax ? -std::numeric_limits<float>::infinity() : 0.f);
-  parallel(channels, useful_threads(threads, work), [&](int64_t c) {
+  parallel(channels, useful_threads(threads, kTouch * work), [&](int64_t c) {
     for (int64_t r = 0; r < p.out.height; ++r)
       for (int64_t j = 0; j < p.out.width; ++j) {
         const int64_t top = r * p.rows.stride - p.rows.pad, left = j * p.cols.stride - p.cols.pad;
@@ -200,7 +200,7 @@ static void pool_lanes(const Pooling& p, int64_t channels, int64_t parts, int th
 
 static void map_lanes(const Map& m, int64_t channels, int64_t parts, int threads) {
   const double work = static_cast<double>(m.out.height * m.out.width * channels * kPixel);
-  parallel(channels, useful_threads(threads, work), [&](int64_t c) {
+  parallel(channels, useful_threads(threads, kTouch * work), [&](int64_t c) {
     for (int64_t r = 0; r < m.out.height; ++r) {
       const float* x = m.in.at(0, c) + r * m.stride * m.in.pitch;
       const float* b = m.two ? m.other.at(0, c) + r * m.other.pitch : nullptr;
@@ -218,7 +218,7 @@ static void map_lanes(const Map& m, int64_t channels, int64_t parts, int threads
 
 static void mean_lanes(const View& in, int64_t images, int64_t channels, int64_t parts, float* out, int threads) {
   const double work = static_cast<double>(in.height * in.width * channels * kPixel);
-  parallel(channels, useful_threads(threads, work), [&](int64_t c) {
+  parallel(channels, useful_threads(threads, kTouch * work), [&](int64_t c) {
     float sum[kPixel];
     for (int64_t lane = 0; lane < kPixel; lane += V) {
       vf acc = {};

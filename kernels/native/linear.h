@@ -153,17 +153,22 @@ static void linear_few(const Layer& layer, const float* x, int64_t batch, float*
 
 // --- samples as lanes
 
-// lanes in and lanes out
-static void lanes_layer(const Layer& layer, const float* x, float* y, int64_t pitch) {
+// lanes in and lanes out; threads share the rows
+static void lanes_layer(const Layer& layer, const float* x, float* y, int64_t pitch, int threads) {
   Rows w = rows_of(*layer.h, layer.bias, layer.activation);
   w.stride = pitch;
-  float* partial = scratch.get<float>(kPartial, static_cast<int64_t>(layer.h->rows) * kWidest * V);
-  panels(w, 0, pitch / V, [&](int64_t begin, int64_t end) {
-    any_panel(w, end - begin, 0, w.units, x + begin * V, partial, Plain{y + begin * V, pitch});
+  const int64_t shares = std::min(threads, w.units);
+  parallel(shares, threads, [&](int64_t share) {
+    const int from = static_cast<int>(w.units * share / shares), to = static_cast<int>(w.units * (share + 1) / shares);
+    float* partial = scratch.get<float>(kPartial, static_cast<int64_t>(to - from) * w.block * kWidest * V);
+    panels(w, 0, pitch / V, [&](int64_t begin, int64_t end) {
+      any_panel(w, end - begin, from, to, x + begin * V, partial, Plain{y + begin * V, pitch});
+    });
   });
 }
 
-// a run of layers, block of samples by block of samples; between them samples stay lanes
+// A run of layers, block of samples by block of samples; between them samples stay lanes. Threads share the blocks or,
+// where there are fewer than threads, the rows.
 static void linear_lanes(const Layer* layers, int count, const float* x, int64_t batch, float* y, int threads) {
   const int64_t columns = layers[0].h->channels, rows = layers[count - 1].h->rows;
   int64_t widest_row = columns;
@@ -171,8 +176,10 @@ static void linear_lanes(const Layer* layers, int count, const float* x, int64_t
   double work = 0;
   for (int i = 0; i < count; ++i) work += static_cast<double>(layers[i].h->nonzeros) * static_cast<double>(batch);
   threads = useful_threads(threads, work);
-  const int64_t block = std::min(kLanes, std::max<int64_t>(1, ceil_pos(ceil_pos(batch, threads), V)) * V);
-  parallel(ceil_pos(batch, block), threads, [&](int64_t task) {
+  const int64_t even = std::max<int64_t>(1, ceil_pos(ceil_pos(batch, threads), V)) * V;
+  const bool by_rows = ceil_pos(batch, even) < threads;
+  const int64_t block = std::min(kLanes, by_rows ? ceil_pos(batch, V) * V : even);
+  parallel(ceil_pos(batch, block), by_rows ? 1 : threads, [&](int64_t task) {
     const int64_t first = task * block, samples = std::min(block, batch - first);
     const int64_t pitch = ceil_pos(samples, V) * V;
     float* in = scratch.get<float>(kPing, widest_row * pitch);
@@ -180,7 +187,7 @@ static void linear_lanes(const Layer* layers, int count, const float* x, int64_t
     if (samples < pitch) std::memset(in, 0, static_cast<size_t>(columns * pitch) * 4);
     transpose(x + first * columns, samples, columns, columns, in, pitch);
     for (int i = 0; i < count; ++i) {
-      lanes_layer(layers[i], in, out, pitch);
+      lanes_layer(layers[i], in, out, pitch, by_rows ? threads : 1);
       std::swap(in, out);
     }
     transpose(in, rows, samples, pitch, y + first * rows, rows);

@@ -59,7 +59,7 @@ static void pool_plane(const Pooling& p, const float* x, float* y) {
 
 static void pool(const Pooling& p, int64_t images, int64_t channels, int threads) {
   const double work = static_cast<double>(p.rows.taps * p.cols.taps * p.rows.out * p.cols.out * images * channels);
-  parallel(images * channels, useful_threads(threads, work), [&](int64_t task) {
+  parallel(images * channels, useful_threads(threads, kTouch * work), [&](int64_t task) {
     const int64_t n = task / channels, c = task % channels;
     const float* x = p.in.at(n, c);
     float* y = p.out.at(n, c);
@@ -96,7 +96,7 @@ static void map_plane(const Map& m, int64_t n, int64_t c) {
 
 static void map(const Map& m, int64_t images, int64_t channels, int threads) {
   const double work = static_cast<double>(m.out.height * m.out.width * images * channels);
-  parallel(images * channels, useful_threads(threads, work), [&](int64_t task) {
+  parallel(images * channels, useful_threads(threads, kTouch * work), [&](int64_t task) {
     const int64_t n = task / channels, c = task % channels;
     m.stride == 1 ? map_plane<1>(m, n, c) : m.stride == 2 ? map_plane<2>(m, n, c) : map_plane<0>(m, n, c);
     clear_around(m.out, n, c);
@@ -115,7 +115,7 @@ static void zero(const View& v, int64_t images, int64_t channels) {
 static void mean(const View& in, int64_t images, int64_t channels, float* out, int threads) {
   const int64_t rows = in.whole() ? 1 : in.height, width = in.whole() ? in.height * in.width : in.width;
   const double work = static_cast<double>(in.height * in.width * images * channels);
-  parallel(images * channels, useful_threads(threads, work), [&](int64_t task) {
+  parallel(images * channels, useful_threads(threads, kTouch * work), [&](int64_t task) {
     const float* x = in.at(task / channels, task % channels);
     vf sum = {};
     for (int64_t r = 0; r < rows; ++r, x += in.pitch)

@@ -33,10 +33,12 @@ static void parallel(int64_t tasks, int threads, const Body& body) {
       &job, static_cast<unsigned>(team), 0);
 }
 
-// Threads worth waking for this many multiply-adds: waking a team costs about a microsecond or two.
+// Threads worth waking for so many multiply-adds: a team that is woken costs some ten microseconds.
 static inline int useful_threads(int threads, double multiply_adds) {
-  return static_cast<int>(std::max(1., std::min<double>(threads, multiply_adds / 65536.)));
+  constexpr double each = 1 << 19;
+  return static_cast<int>(std::max(1., std::min<double>(threads, multiply_adds / each)));
 }
+constexpr double kTouch = 8;  // multiply-adds in the time of a float that is read, changed and written
 
 static bool poison = false;  // tests: fill scratch with NaN, so that a value never written shows
 

@@ -142,19 +142,22 @@ def profile(
 def _rounds(
     calls: Sequence[Call], device: str, rounds: int, seconds: float, fewest: int | None = None
 ) -> list[list[float]]:
+    """Seconds of each call by round; calls that are slow for `seconds` get `fewest` rounds."""
     clock = _cuda_clock if device == "cuda" else _clock
-    for _ in range(WARM_UP - 1):
+    for _ in range(WARM_UP - 1 if fewest is None else 1):
         for call in calls:
             call()
     once = [clock(call, 1) for call in calls]
-    if fewest is not None:
-        rounds = max(fewest, min(rounds, int(seconds / sum(once))))
-    share = seconds / rounds / len(calls)
-    repeats = [max(1, int(share / taken)) for taken in once]
     times: list[list[float]] = [[] for _ in calls]
+    if fewest is not None and fewest * sum(once) > seconds:
+        times, rounds = [[taken] for taken in once], fewest - 1
+    elif fewest is not None:
+        rounds = min(rounds, int(seconds / sum(once)))
+    share = seconds / max(1, rounds) / len(calls)
+    repeats = [max(1, int(share / taken)) for taken in once]
     for _ in range(rounds):
-        for taken, call, repeat in zip(times, calls, repeats, strict=True):
-            taken.append(clock(call, repeat))
+        for series, call, repeat in zip(times, calls, repeats, strict=True):
+            series.append(clock(call, repeat))
     return times
 
 

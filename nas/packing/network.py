@@ -108,6 +108,8 @@ class PackedNetwork(nn.Module):
         Raises:
             ValueError: where an input is not shaped as what was packed (the batch is free).
         """
+        if torch.compiler.is_compiling():  # sizes are symbols then, and none may stay
+            return self._traced(inputs)
         if self.signature is not None:
             given = [(x.shape, x.dtype) for x in inputs]
             if given != self._accepted:  # what was accepted last is so again
@@ -120,6 +122,12 @@ class PackedNetwork(nn.Module):
             return self._run(inputs)
         finally:
             torch._C._set_grad_enabled(True)
+
+    def _traced(self, inputs: tuple[Tensor, ...]) -> Any:
+        if self.signature is not None:
+            self.signature.check(inputs)
+        with torch.no_grad():
+            return self._run(inputs)
 
     def _run(self, inputs: tuple[Tensor, ...]) -> Any:
         result = self._call(*inputs)

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import treespec_dumps, treespec_loads
 
@@ -25,6 +26,7 @@ FORMAT = 2
 GRAPH, TENSORS = "packed.json", "packed.safetensors"
 _OPERATORS = {"getitem", "add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "pow"}
 _MAKERS: dict[str, Callable[[Any], Any]] = {"float": float, "device": torch.device}
+_MALFORMED = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, SafetensorError)
 _KINDS: dict[str, type] = {
     "dtype": torch.dtype,
     "layout": torch.layout,
@@ -67,14 +69,23 @@ def load(folder: Path | str) -> PackedNetwork:
 
     Raises:
         FileNotFoundError: where a file is missing.
-        ValueError: where the format or an operator is not known.
+        ValueError: where a file is malformed, or the format or an operator is not known. A packed
+            weight is checked when it is first used, before any kernel sees it.
     """
     path = Path(folder)
-    content = json.loads((path / GRAPH).read_text())
+    try:
+        content = json.loads((path / GRAPH).read_text())
+        tensors = load_file(path / TENSORS)
+        return _network(content, tensors)
+    except _MALFORMED as error:
+        raise ValueError(f"load: {path} holds no packed network: {error!r}") from error
+
+
+def _network(content: dict[str, Any], tensors: dict[str, Tensor]) -> PackedNetwork:
     if content.get("format") != FORMAT:
-        raise ValueError(f"load: format must be {FORMAT}, got {content.get('format')!r} in {path}")
+        raise ValueError(f"load: format must be {FORMAT}, got {content.get('format')!r}")
     root = nn.Module()
-    for name, tensor in load_file(path / TENSORS).items():
+    for name, tensor in tensors.items():
         root.register_buffer(name, tensor)
     body = GraphModule(root, _graph(content["nodes"]))
     spec = content["outputs"]

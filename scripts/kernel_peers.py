@@ -65,15 +65,17 @@ class Layer:
         return [lambda: held @ turned]
 
     def onnxruntime(self) -> list[Call]:
-        """ONNX Runtime's dense layer, its input and output bound, where it is installed."""
-        if not all(map(importlib.util.find_spec, ("onnx", "onnxruntime"))):
+        """ONNX Runtime's dense layer, its input and output bound, where it is installed.
+
+        On one thread alone: its own team of threads would stand in the way of torch's.
+        """
+        installed = all(map(importlib.util.find_spec, ("onnx", "onnxruntime")))
+        if not installed or torch.get_num_threads() > 1:
             return []
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        # its threads would go on looking for work while others are timed
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.intra_op_num_threads = 1
         session = onnxruntime.InferenceSession(
             self._onnx(), options, providers=["CPUExecutionProvider"]
         )

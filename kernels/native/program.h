@@ -64,6 +64,7 @@ struct Group {
       case kPool: return pool_lanes({in, out, height(s), width(s), s.kind}, channels, parts, threads);
       case kMean: return mean_lanes(in, images, channels, parts, out.base, threads);
       case kZero: return zero_lanes(out, tensor(s.out).channels);
+      case kLinear: return;  // reads and writes dense tensors; kernels/network/program.py lets no other pass
     }
     if (!lanes(s.in)) return enter(in, out, images, channels, parts, threads);
     if (!lanes(s.out)) return leave(in, out, images, channels, parts, threads);

@@ -97,10 +97,11 @@ class Graph:
         """Raise ValueError for a step that does not fit its tensors or reads what is not there."""
         large = [s for s in self.shapes if prod(s) >= 2**31]
         _rule(not large, 0, "has tensors of less than 2^31 numbers", large)
-        written = {X}
+        written: dict[int, list[tuple[int, int]]] = {X: [(0, self.shapes[X][0])]}
         for number, step in enumerate(self.steps):
-            unread = [t for t in step.reads() if t not in written]
+            unread = [t for t in step.reads() if not _covers(written.get(t), self.shapes[t][0])]
             _rule(not unread, number, "reads tensors written before", unread)
+            self._check_kind(number, step)
             _rule(
                 step.out not in (X, *step.reads()), number, "writes a tensor of its own", step.out
             )
@@ -111,8 +112,23 @@ class Graph:
             if step.other is not None:
                 fits = self.shapes[step.other] == self.shapes[step.out] and step.at == 0
                 _rule(fits, number, "adds a tensor of its output's shape", self.shapes[step.other])
-            written.add(step.out)
-        _rule(Y in written, len(self.steps), "writes the output", sorted(written))
+            written.setdefault(step.out, []).append((step.at, given[0]))
+        whole = _covers(written.get(Y), self.shapes[Y][0])
+        _rule(whole, len(self.steps), "writes the output", sorted(written))
+
+    def _check_kind(self, number: int, step: Step) -> None:
+        """What an operation has no use for must not be there."""
+        if step.operation in ("linear", "mean", "zero"):
+            _rule(step.at == 0, number, "writes from channel 0 on", step.at)
+        if step.operation in ("linear", "mean", "pool", "zero"):
+            _rule(step.other is None, number, "adds nothing", step.other)
+        if step.operation in ("linear", "mean"):
+            own = self.gives(number, step) == self.shapes[step.out]
+            _rule(own, number, "gives channels of a tensor of its own", self.shapes[step.out])
+        if step.operation in ("mean", "pool", "zero"):
+            _rule(step.activation == "none", number, "has no activation", step.activation)
+        if step.operation == "zero":
+            _rule(step.source == step.out, number, "fills what it names", step.source)
 
     def gives(self, number: int, step: Step) -> Shape:
         """The shape of what a step writes. Raises ValueError if its input does not fit."""
@@ -160,6 +176,16 @@ class Graph:
         height, width = (_out(*axis) for axis in axes)
         _rule(min(height, width) >= 1, number, "leaves some output", (height, width))
         return (channels, height, width)
+
+
+def _covers(parts: list[tuple[int, int]] | None, channels: int) -> bool:
+    """Whether ranges of channels leave none out."""
+    end = 0
+    for first, last in sorted(parts or []):
+        if first > end:
+            return False
+        end = max(end, last)
+    return parts is not None and end >= channels
 
 
 def _out(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:

@@ -4,7 +4,7 @@ import ctypes
 from collections.abc import Sequence
 from functools import lru_cache, partial
 
-from torch import Size, Tensor, bfloat16, get_num_threads
+from torch import Size, Tensor, bfloat16, float32, get_num_threads
 
 from kernels import calls
 from kernels.native.library import library
@@ -40,6 +40,8 @@ def step_s(x: Tensor, program: Tensor, out_tail: Sequence[int], calls: int = 1) 
     Raises:
         RuntimeError: there is no compiled core, so that nothing can be timed.
     """
+    if x.dtype is not float32:
+        raise ValueError(f"step_s: x must be float32, got {x.dtype}")
     y, lib = _run(x, program, out_tail), library()
     if lib is None:
         raise RuntimeError("step_s: needs the compiled core, kernels run as plain PyTorch here")

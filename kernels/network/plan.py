@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from math import prod
 
@@ -16,6 +17,7 @@ Ints = npt.NDArray[np.int32]
 FROM, TO, LINE, DENSE, PIXELS = range(5)
 NEAR = 160 * 1024  # floats that are to stay near the core
 MOST_IMAGES = 64
+MOST = 2**31  # floats of all activations of a group
 ALL = 2**30  # images of a group where nothing lies in the arena
 SLACK = 16  # floats of the widest vector
 
@@ -62,6 +64,8 @@ def plan(graph: Graph) -> Plan:
     borders = _edges(graph) if graph.parts else _borders(graph)
     places = [_place(graph, t, border, images) for t, border in enumerate(borders)]
     arena = _allocate(graph, places, runs)
+    if arena >= MOST:
+        raise ValueError(f"program: activations must be less than {MOST} floats, got {arena}")
     found = Plan(images, arena, places, runs, {}, {})
     for number, step in enumerate(graph.steps):
         if graph.parts and step.operation == "conv2d":
@@ -130,10 +134,12 @@ def _runs(graph: Graph) -> list[int]:
     for step in graph.steps:
         for tensor in step.reads():
             readers[tensor] = readers.get(tensor, 0) + 1
+    writers = Counter(step.out for step in graph.steps)
     runs, head = [1] * len(graph.steps), 0
     for i, (before, step) in enumerate(zip(graph.steps, graph.steps[1:], strict=False), start=1):
         both = before.operation == step.operation == "linear"
-        if both and step.source == before.out and readers[before.out] == 1:
+        alone = readers.get(before.out) == 1 and writers[before.out] == 1
+        if both and step.source == before.out and alone:
             head = head if runs[i - 1] == 0 else i - 1
             runs[head] += 1
             runs[i] = 0
@@ -226,7 +232,10 @@ def _offsets(step: Step, channel: int, apart: Pair, first: Pair) -> Ints:
     rows, cols = (f + np.arange(k) * a for k, a, f in zip(step.kernel, apart, first, strict=True))
     taps = (rows[:, None] + cols[None]).ravel()
     columns = b.entries_of(step.packed.data.numpy()).columns.astype(np.int64)
-    return (columns // len(taps) * channel + taps[columns % len(taps)]).astype("<i4")
+    offsets = columns // len(taps) * channel + taps[columns % len(taps)]
+    if len(offsets) and max(-offsets.min(), offsets.max()) >= 2**31:
+        raise ValueError("program: offsets of non-zeros must fit into 32 bits, lie beyond")
+    return offsets.astype("<i4")
 
 
 def _on_lines(found: Plan, graph: Graph, number: int, step: Step) -> None:

@@ -72,7 +72,8 @@ def validate(program: Tensor) -> None:
     graph.check()
     if graph.parts:
         _rule(fits(graph, graph.parts), "parts", "such that all steps fit", graph.parts)
-        same = len(laned(graph, graph.parts).steps) == len(graph.steps)
+        met = laned(graph, graph.parts)
+        same = len(met.steps) == len(graph.steps) and met.dense <= graph.dense | {X, Y}
         _rule(same, "lanes", "copied where they meet dense tensors", "others")
     sums = apart(graph, [lineable(graph, step) for step in graph.steps])
     _rule(len(sums.steps) == len(graph.steps), "sums", "in convolutions on lines", "elsewhere")

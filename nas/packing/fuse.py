@@ -131,10 +131,14 @@ def _drop_copies(module: GraphModule) -> None:
 
 
 def _loosen(node: Node) -> None:
-    """Views of what is no longer contiguous may have to copy."""
-    for user in node.users:
-        if user.target in _VIEWS:
-            _loosen(user)
+    """Views of what is no longer contiguous may have to copy, up to the next layers."""
+    reached, waiting = set[Node](), [node]
+    while waiting:
+        for user in waiting.pop().users:
+            if user in reached or user.target in _PRODUCTS:
+                continue
+            reached.add(user)
+            waiting.append(user)
             if user.target is aten.view.default:
                 user.target = aten.reshape.default
 

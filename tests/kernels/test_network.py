@@ -10,9 +10,20 @@ from torch import Tensor
 
 import kernels
 from kernels.blob import seal
-from kernels.network import Graph, Step, X, Y, lanes, reference, validate, weighted_steps, write
+from kernels.network import (
+    Graph,
+    Step,
+    X,
+    Y,
+    lanes,
+    reference,
+    step_s,
+    validate,
+    weighted_steps,
+    write,
+)
 from kernels.network.plan import plan
-from kernels.network.program import read
+from kernels.network.program import _bytes, read
 from tests.kernels import draws
 from tests.kernels.graphs import Drawn, residual_net
 
@@ -271,3 +282,66 @@ def test_a_program_that_was_sealed_again_is_checked_as_a_whole(
     again = read(program)  # a weight, a bias or an activation is another, and all tables fit it
     assert torch.equal(write(again, again.parts), program)
     assert again.shapes == graph.shapes
+
+
+def small(*steps: Step, shapes: tuple[tuple[int, int, int], ...] = ()) -> Graph:
+    """Steps on images of 4 channels, 6 x 6."""
+    return Graph([(4, 6, 6), (4, 6, 6), *shapes], steps=list(steps))
+
+
+LINEAR = kernels.pack_linear(torch.ones(2, 4))
+NARROW, WIDE = (2, 6, 6), (8, 6, 6)
+
+
+@pytest.mark.parametrize("parts", [0, 1])
+@pytest.mark.parametrize(
+    ("graph", "law"),
+    [
+        (small(Step("map", X, 2), Step("zero", 2, Y), shapes=(NARROW,)), "gives channels"),
+        (small(Step("map", X, 2), Step("zero", 2, Y), shapes=((4, 6, 6),)), "fills what it names"),
+        (small(Step("zero", 2, 3, at=6), Step("map", X, Y), shapes=(NARROW, WIDE)), "channel 0"),
+        (small(Step("pool", X, Y, activation="relu")), "has no activation"),
+        (small(Step("pool", X, Y, other=X)), "adds nothing"),
+        (small(Step("mean", X, 2, at=1), shapes=((9, 1, 1),)), "channel 0"),
+        (small(Step("mean", X, 2), shapes=((9, 1, 1),)), "of its own"),
+        (small(Step("map", X, 2), Step("map", 2, Y), shapes=(WIDE,)), "reads tensors written"),
+        (small(Step("map", 2, Y, at=0), shapes=(NARROW,)), "reads tensors written"),
+    ],
+)
+def test_what_an_operation_would_leave_undone_is_refused(
+    graph: Graph, law: str, parts: int
+) -> None:
+    with pytest.raises(ValueError, match=law):
+        write(graph, parts)
+
+
+@on_every_isa
+def test_a_tensor_that_two_steps_write_lies_somewhere() -> None:
+    graph = Graph([(4, 1, 1), (2, 1, 1), (2, 1, 1)])
+    last = kernels.pack_linear(torch.eye(2))
+    steps = [Step("zero", 2, 2), Step("linear", X, 2, packed=LINEAR)]
+    graph.steps = [*steps, Step("linear", 2, Y, packed=last)]
+    y = sparse_chain(torch.ones(3, 4), write(graph), [2])
+    assert torch.equal(y, torch.full((3, 2), 4.0))
+
+
+def test_a_program_of_lanes_keeps_features_dense() -> None:
+    """By hand, as a file may hold it: `write` would not."""
+    graph = Graph([(4, 1, 1), (2, 1, 1), (2, 1, 1)], parts=1)
+    graph.steps = [Step("linear", X, 2, packed=LINEAR), Step("map", 2, Y)]
+    program = torch.from_numpy(_bytes(graph, plan(graph)))
+    with pytest.raises(ValueError, match="lanes must be copied where they meet dense tensors"):
+        sparse_chain(torch.ones(1, 4), program, [2])
+
+
+def test_programs_beyond_memory_are_refused() -> None:
+    packed = kernels.pack_conv2d(draws.weight(0, (256, 256, 3, 3), 0.01, 1))
+    shape, walk = (256, 800, 800), {"kernel": (3, 3), "padding": (1, 1)}
+    graph = Graph([shape, shape], steps=[Step("conv2d", X, Y, packed=packed, **walk)])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="must be less than 2147483648 floats"):
+        write(graph, 1)
+
+
+def test_steps_are_timed_on_float32_alone() -> None:
+    with pytest.raises(ValueError, match="x must be float32"):
+        step_s(torch.ones(1, 3, 9, 8).bfloat16(), write(one_conv()), [4, 9, 8])

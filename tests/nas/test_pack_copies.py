@@ -42,3 +42,22 @@ def test_a_copy_that_is_written_into_stays(change: bool) -> None:
     packed = pack(module, torch.randn(2, 3, 6, 6))
     assert ("aten.contiguous.default" in targets(packed.body)) == change
     assert_same(packed, module, (3, 6, 6))
+
+
+class Turned(nn.Module):
+    """Something is computed between a copy and the view that needed it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        turned = x.transpose(1, 2).contiguous().unsqueeze(1)
+        return self.last(torch.relu(turned).view(x.shape[0], 24))
+
+
+def test_views_behind_what_was_computed_still_hold() -> None:
+    module = masked(Turned())
+    packed = pack(module, torch.randn(2, 4, 6))
+    assert packed.signature is not None
+    assert_same(packed, module, (4, 6))

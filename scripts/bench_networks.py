@@ -88,6 +88,37 @@ def mobilenet_v2() -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(1280, 1000))
 
 
+class Bottleneck(nn.Module):
+    """The block of ResNet-50, its stride in the 3x3."""
+
+    def __init__(self, channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        layers = [convolution(channels, width, 1), nn.ReLU()]
+        layers += [
+            convolution(width, width, 3, stride),
+            nn.ReLU(),
+            convolution(width, 4 * width, 1),
+        ]
+        self.layers = nn.Sequential(*layers)
+        same = channels == 4 * width and stride == 1
+        self.shortcut = nn.Identity() if same else convolution(channels, 4 * width, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the block."""
+        return torch.relu(self.layers(x) + self.shortcut(x))
+
+
+def resnet_50() -> nn.Module:
+    """He et al. 1512.03385, for images of 224 x 224."""
+    layers, channels = [convolution(3, 64, 7, 2), nn.ReLU(), nn.MaxPool2d(3, 2, 1)], 64
+    for width, blocks, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
+        for block in range(blocks):
+            layers.append(Bottleneck(channels, width, 1 if block else stride))
+            channels = 4 * width
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 1000))
+    return nn.Sequential(*layers, *head)
+
+
 def residual(depth: int) -> nn.Module:
     """The residual network for CIFAR."""
     space = resnet((3, 32, 32), 10, depth=depth)
@@ -137,6 +168,7 @@ CASES = (
     Case("mobilenet-v2", mobilenet_v2, IMAGE, pointwise),
     Case("resnet-20", lambda: residual(20), SMALL, inner),
     Case("resnet-56", lambda: residual(56), SMALL, inner),
+    Case("resnet-50", resnet_50, IMAGE, inner),
     Case("darts-cells", cells, SMALL, pointwise),
     Case("transformer", transformer, (64, 256), inner),
     Case("tiny", tiny, (8, 4, 4), inner),

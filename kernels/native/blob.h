@@ -28,14 +28,14 @@ struct Tensor {
   int32_t kind, channels, height, width, pitch, border;
   int64_t offset, channel, image;  // floats: of the first pixel in the arena, and from one to the next
 };
-static_assert(sizeof(Tensor) == 48, "kernels/network/format.py writes 48 bytes");
+static_assert(sizeof(Tensor) == 48, "kernels/network/program.py writes 48 bytes");
 
 struct Step {
   int32_t operation, activation, in, other, out, at;  // tensors, -1: none; first channel written
   int32_t kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, kind, run;
   int64_t weight, bias, offsets, inside;  // byte offsets in the program, -1: none
 };
-static_assert(sizeof(Step) == 96, "kernels/network/format.py writes 96 bytes");
+static_assert(sizeof(Step) == 96, "kernels/network/program.py writes 96 bytes");
 
 struct Program {
   char magic[8];
@@ -45,7 +45,7 @@ struct Program {
   int32_t steps, images, parts;  // images of a group; parts of an image in the lanes of a pixel, 0: no lanes
   int64_t arena, padding[2];        // floats
 };
-static_assert(sizeof(Program) == 64, "kernels/network/format.py writes 64 bytes");
+static_assert(sizeof(Program) == 64, "kernels/network/program.py writes 64 bytes");
 
 template <class T>
 static inline const T* at(const void* base, int64_t offset) {

@@ -133,11 +133,7 @@ class Graph:
     def gives(self, number: int, step: Step) -> Shape:
         """The shape of what a step writes. Raises ValueError if its input does not fit."""
         channels, height, width = self.shapes[step.source]
-        known = step.activation in ACTIVATIONS and step.operation in OPERATIONS
-        _rule(known, number, "has a known operation and activation", step.activation)
-        low = min(*step.kernel, *step.stride, *step.dilation)
-        top = max(*step.kernel, *step.stride, *step.dilation, *map(abs, step.padding))
-        _rule(1 <= low and top < 2**15, number, "has arguments from 1 to 32767", (low, top))
+        _check_arguments(number, step)
         if step.operation == "mean":
             return (channels, 1, 1)
         if step.operation == "linear":
@@ -152,30 +148,33 @@ class Graph:
             fits = same and weight.channels * weight.groups == channels
             _rule(fits, number, f"takes a weight of {weight.weight_shape}", channels)
             channels = weight.rows
-        if step.operation == "pool":
-            inside = all(
-                2 * p <= k and p >= 0 for p, k in zip(step.padding, step.kernel, strict=True)
-            )
-            _rule(inside, number, "pads by at most half its kernel", step.padding)
-            _rule(step.dilation == (1, 1), number, "pools without dilation", step.dilation)
-        skips = min(step.padding) < 0
-        fits = step.operation == "conv2d" and step.kernel == (1, 1)
-        _rule(not skips or fits, number, "is 1x1 where it skips pixels", step.padding)
-        if step.operation == "map":
-            _rule(step.stride[0] == step.stride[1], number, "has one stride", step.stride)
-        if step.operation in ("zero", "map"):
-            _rule(
-                step.kernel == (1, 1) and step.padding == (0, 0),
-                number,
-                "has no kernel",
-                step.kernel,
-            )
         axes = zip(
             (height, width), step.kernel, step.stride, step.padding, step.dilation, strict=True
         )
         height, width = (_out(*axis) for axis in axes)
         _rule(min(height, width) >= 1, number, "leaves some output", (height, width))
         return (channels, height, width)
+
+
+def _check_arguments(number: int, step: Step) -> None:
+    """What holds for the arguments of an operation, whatever it reads."""
+    known = step.activation in ACTIVATIONS and step.operation in OPERATIONS
+    _rule(known, number, "has a known operation and activation", step.activation)
+    low = min(*step.kernel, *step.stride, *step.dilation)
+    top = max(*step.kernel, *step.stride, *step.dilation, *map(abs, step.padding))
+    _rule(1 <= low and top < 2**15, number, "has arguments from 1 to 32767", (low, top))
+    if step.operation == "pool":
+        inside = all(2 * p <= k and p >= 0 for p, k in zip(step.padding, step.kernel, strict=True))
+        _rule(inside, number, "pads by at most half its kernel", step.padding)
+        _rule(step.dilation == (1, 1), number, "pools without dilation", step.dilation)
+    skips = min(step.padding) < 0 and step.operation not in ("linear", "mean")
+    fits = step.operation == "conv2d" and step.kernel == (1, 1)
+    _rule(not skips or fits, number, "is 1x1 where it skips pixels", step.padding)
+    if step.operation == "map":
+        _rule(step.stride[0] == step.stride[1], number, "has one stride", step.stride)
+    if step.operation in ("zero", "map"):
+        alone = step.kernel == (1, 1) and step.padding == (0, 0)
+        _rule(alone, number, "has no kernel", step.kernel)
 
 
 def _covers(parts: list[tuple[int, int]] | None, channels: int) -> bool:

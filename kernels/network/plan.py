@@ -233,8 +233,8 @@ def _offsets(step: Step, channel: int, apart: Pair, first: Pair) -> Ints:
     taps = (rows[:, None] + cols[None]).ravel()
     columns = b.entries_of(step.packed.data.numpy()).columns.astype(np.int64)
     offsets = columns // len(taps) * channel + taps[columns % len(taps)]
-    if len(offsets) and max(-offsets.min(), offsets.max()) >= 2**31:
-        raise ValueError("program: offsets of non-zeros must fit into 32 bits, lie beyond")
+    if len(offsets) and (reach := max(-offsets.min(), offsets.max())) >= 2**31:
+        raise ValueError(f"program: offsets of non-zeros must be less than 2^31, got {reach}")
     return offsets.astype("<i4")
 
 

@@ -11,7 +11,7 @@ Bytes = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
-VERSION = 1
+VERSION = 2
 LINEAR, CONV2D = 1, 2
 DTYPES = {"float32": 0, "bfloat16": 1}
 _NUMPY = ("<f4", "<u2")
@@ -20,11 +20,11 @@ MOST = 2**29  # elements of a dense weight
 _MAGIC = b"SNWEIGHT"
 _INTS = ("rows", "channels", "kernel_h", "kernel_w", "groups", "block", "chunk", "chunks")
 _COUNTS = ("entries", "nonzeros", "slices", "steps")
-_SECTIONS = ("starts", "columns", "values")
+_SECTIONS = ("order", "starts", "columns", "values")
 _SLICED = ("slice_starts", "slice_bases", "slice_lanes", "slice_values")
 HEADER = np.dtype(
     [("magic", "S8"), ("version", "<i4"), ("operation", "<i4"), ("bytes", "<i8"), ("crc", "<u4")]
-    + [(name, "<i4") for name in (*_INTS, *_COUNTS, "dtype")]
+    + [(name, "<i4") for name in (*_INTS, *_COUNTS, "dtype", "ordered", "spare")]
     + [(name, "<i8") for name in (*_SECTIONS, *_SLICED)]
 )
 
@@ -42,6 +42,7 @@ class Shape:
         block: rows that share their columns: 1 or 4.
         chunk: input channels that are worked through before the next.
         dtype: of the values, one of `DTYPES`; sums are always float32.
+        ordered: whether rows lie in an order of their own.
     """
 
     operation: int
@@ -52,6 +53,7 @@ class Shape:
     block: int
     chunk: int
     dtype: int = 0
+    ordered: bool = False
 
     @property
     def taps(self) -> int:
@@ -85,9 +87,11 @@ class Shape:
 class Entries:
     """Non-zeros by (chunk, unit, column).
 
-    Starts are (chunks * units + 1,), columns (n,), values (n, block).
+    Starts are (chunks * units + 1,), columns (n,), values (n, block). Order is (rows,), the row at
+    each place, or empty where rows lie by their numbers.
     """
 
+    order: npt.NDArray[np.int32]
     starts: npt.NDArray[np.int32]
     columns: npt.NDArray[np.int32]
     values: Floats
@@ -128,7 +132,7 @@ def _offsets(sizes: list[int]) -> tuple[list[int], int]:
 
 def write(shape: Shape, entries: Entries, slices: Slices, nonzeros: int) -> Bytes:
     """The blob as (n,) uint8."""
-    parts: list[npt.NDArray[Any]] = [entries.starts, entries.columns]
+    parts: list[npt.NDArray[Any]] = [entries.order, entries.starts, entries.columns]
     parts += [_stored(entries.values, shape), slices.starts, slices.bases, slices.lanes]
     parts += [_stored(slices.values, shape)]
     offsets, end = _offsets([part.nbytes for part in parts])
@@ -138,7 +142,8 @@ def write(shape: Shape, entries: Entries, slices: Slices, nonzeros: int) -> Byte
     counts = (len(entries.columns), nonzeros, len(slices.starts) - 1, len(slices.bases))
     ints = (shape.rows, shape.channels, *shape.kernel, shape.groups, shape.block, shape.chunk)
     head = (_MAGIC, VERSION, shape.operation, end, 0, *ints, shape.chunks, *counts)
-    blob[: HEADER.itemsize] = np.array([(*head, shape.dtype, *offsets)], HEADER).view(np.uint8)
+    stored = (shape.dtype, shape.ordered, 0)
+    blob[: HEADER.itemsize] = np.array([(*head, *stored, *offsets)], HEADER).view(np.uint8)
     return seal(blob, 24)
 
 
@@ -174,8 +179,8 @@ def shape_of(blob: Bytes) -> Shape:
     """The `Shape` that a header names; header checked for being one, values not."""
     record = head(blob)
     rows, channels, height, width, groups, block, chunk, _ = (int(record[n]) for n in _INTS)
-    kernel, dtype = (height, width), int(record["dtype"])
-    return Shape(int(record["operation"]), rows, channels, kernel, groups, block, chunk, dtype)
+    kernel, stored = (height, width), (int(record["dtype"]), record["ordered"] != 0)
+    return Shape(int(record["operation"]), rows, channels, kernel, groups, block, chunk, *stored)
 
 
 def _section(blob: Bytes, offset: int, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
@@ -199,6 +204,7 @@ def entries_of(blob: Bytes) -> Entries:
     record, shape = head(blob), shape_of(blob)
     count = int(record["entries"])
     return Entries(
+        _section(blob, record["order"], "<i4", (shape.rows * shape.ordered,)),
         _section(blob, record["starts"], "<i4", (shape.chunks * shape.units + 1,)),
         _section(blob, record["columns"], "<i4", (count,)),
         _values(blob, record["values"], shape.dtype, (count, shape.block)),
@@ -221,7 +227,8 @@ def sections(record: Any, shape: Shape) -> tuple[list[int], int]:
     """Where the sections must lie by the header's counts, and the bytes of the whole."""
     entries, steps = int(record["entries"]), int(record["steps"])
     value = np.dtype(_NUMPY[shape.dtype]).itemsize
-    sizes = [4 * (shape.chunks * shape.units + 1), 4 * entries, value * entries * shape.block]
+    sizes = [4 * shape.rows * shape.ordered, 4 * (shape.chunks * shape.units + 1), 4 * entries]
+    sizes += [value * entries * shape.block]
     sizes += [4 * (int(record["slices"]) + 1), 4 * steps, SLICE * steps, value * SLICE * steps]
     return _offsets(sizes)
 

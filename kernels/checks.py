@@ -50,6 +50,8 @@ def _check_shape(record: Any, shape: b.Shape) -> None:
         f"1 or 4 and a divisor of {per_group} rows",
         shape.block,
     )
+    _rule(record["ordered"] in (0, 1), "ordered", "0 or 1", record["ordered"])
+    _rule(record["spare"] == 0, "spare", "0", record["spare"])
     _rule(shape.chunk >= 1, "chunk", "positive", shape.chunk)
     _rule(record["chunks"] == shape.chunks, "chunks", str(shape.chunks), record["chunks"])
     slices = -(-shape.rows // b.SLICE) if linear else 0
@@ -72,6 +74,7 @@ def _check_starts(name: str, starts: npt.NDArray[np.int32], count: int) -> None:
 
 def _check_entries(entries: b.Entries, shape: b.Shape, nonzeros: int) -> None:
     count = len(entries.columns)
+    _check_order(entries.order, shape)
     _check_starts("starts", entries.starts, count)
     list_of = np.repeat(np.arange(len(entries.starts) - 1), np.diff(entries.starts))
     low = list_of // max(1, shape.units) * shape.chunk * shape.taps
@@ -82,6 +85,16 @@ def _check_entries(entries: b.Entries, shape: b.Shape, nonzeros: int) -> None:
     _rule(bool(ascending.all()), "columns", "ascending in each row", "others")
     found = int(np.count_nonzero(entries.values))
     _rule(found == nonzeros, "nonzeros", f"{found}, those of its values", nonzeros)
+
+
+def _check_order(order: npt.NDArray[np.int32], shape: b.Shape) -> None:
+    """Every row of a group has one place in that group."""
+    if not shape.ordered:
+        return
+    _rule(shape.block > 1, "order", "of blocks of rows only", f"block {shape.block}")
+    placed = np.sort(order.reshape(shape.groups, -1), axis=1).ravel()
+    whole = np.array_equal(placed, np.arange(shape.rows))
+    _rule(whole, "order", f"the {shape.rows} rows, each once and in its group", order[:4])
 
 
 def _check_slices(slices: b.Slices, shape: b.Shape) -> None:

@@ -16,11 +16,11 @@ struct Header {
   int64_t bytes;
   uint32_t crc;
   int32_t rows, channels, kernel_h, kernel_w, groups;
-  int32_t block, chunk, chunks, entries, nonzeros, slices, steps, dtype;
-  int64_t starts, columns, values;                          // byte offsets of the rows' sections
+  int32_t block, chunk, chunks, entries, nonzeros, slices, steps, dtype, ordered, spare;
+  int64_t order, starts, columns, values;                   // byte offsets of the rows' sections
   int64_t slice_starts, slice_bases, slice_lanes, slice_values;  // and of the sliced sections
 };
-static_assert(sizeof(Header) == 136, "kernels/blob.py writes 136 bytes");
+static_assert(sizeof(Header) == 152, "kernels/blob.py writes 152 bytes");
 
 enum Kind : int32_t { kFrom, kTo, kLine, kDense, kPixels };  // a tensor: x, y, lines, dense between steps, lanes
 
@@ -51,6 +51,9 @@ template <class T>
 static inline const T* at(const void* base, int64_t offset) {
   return reinterpret_cast<const T*>(static_cast<const char*>(base) + offset);
 }
+
+// the row at each place of the sections; null: its number
+static inline const int32_t* order_of(const Header& h) { return h.ordered ? at<int32_t>(&h, h.order) : nullptr; }
 
 // A blob is named by place, size and checksum; the full check is Python's and is done once for each.
 class Checked {

@@ -122,11 +122,13 @@ static void slice_task(const Layer& layer, int s, const float* x, int64_t stride
   const Header& h = *layer.h;
   float sum[B][kSlice];
   h.dtype == kFloat32 ? slice<float>(h, s, x, stride, sum) : slice<uint16_t>(h, s, x, stride, sum);
-  const int row = s * kSlice, count = std::min(kSlice, h.rows - row);
-  for (int b = 0; b < B; ++b) {
-    for (int l = 0; layer.bias && l < count; ++l) sum[b][l] += layer.bias[row + l];
+  const int first = s * kSlice, count = std::min(kSlice, h.rows - first);
+  const int32_t* order = order_of(h);
+  for (int b = 0; b < B; ++b, y += h.rows) {
+    for (int l = 0; layer.bias && l < count; ++l) sum[b][l] += layer.bias[row_at(order, first + l)];
     if (layer.activation) activate_all(sum[b], kSlice / V, layer.activation);
-    std::memcpy(y + b * static_cast<int64_t>(h.rows) + row, sum[b], static_cast<size_t>(count) * 4);
+    if (!order) std::memcpy(y + first, sum[b], static_cast<size_t>(count) * 4);
+    else for (int l = 0; l < count; ++l) y[order[first + l]] = sum[b][l];
   }
 }
 

@@ -19,7 +19,10 @@ struct Rows {
   int chunks, units, block, activation;
   const float* other;      // added to the sums, or null; rows are other_stride apart
   int64_t other_stride;
+  const int32_t* order;    // the row at each place; null: its number
 };
+
+static inline int64_t row_at(const int32_t* order, int place) { return order ? order[place] : place; }
 
 // values as float32; those of bfloat16 are widened, which costs little beside what is done with them
 static inline const float* values_of(const Header& h) {
@@ -32,7 +35,7 @@ static inline const float* values_of(const Header& h) {
 
 static inline Rows rows_of(const Header& h, const float* bias, int activation) {
   return {at<int32_t>(&h, h.starts), at<int32_t>(&h, h.columns), values_of(h), bias, 1,
-          h.chunks, h.rows / h.block, h.block, activation, nullptr, 0};
+          h.chunks, h.rows / h.block, h.block, activation, nullptr, 0, order_of(h)};
 }
 
 // sums lie as their inputs do
@@ -47,39 +50,39 @@ template <int R, int N>
 using Tile = vf[R][N];
 
 template <int R, int N>
-static inline void open(Tile<R, N>& acc, const Rows& w, int chunk, int row, const float* partial) {
+static inline void open(Tile<R, N>& acc, const Rows& w, int chunk, int place, const float* partial) {
   SN_UNROLL for (int r = 0; r < R; ++r) {
-    const vf bias = splat(w.bias ? w.bias[row + r] : 0.f);
+    const vf bias = splat(w.bias ? w.bias[row_at(w.order, place + r)] : 0.f);
     SN_UNROLL for (int v = 0; v < N; ++v) acc[r][v] = chunk ? load(partial + (r * N + v) * V) : bias;
   }
   if (chunk || !w.other) return;
   SN_UNROLL for (int r = 0; r < R; ++r)
-    SN_UNROLL for (int v = 0; v < N; ++v) acc[r][v] += load(w.other + (row + r) * w.other_stride + v * V);
+    SN_UNROLL for (int v = 0; v < N; ++v) acc[r][v] += load(w.other + row_at(w.order, place + r) * w.other_stride + v * V);
 }
 
 // the slow way out: sums that need an activation, or whose lanes scatter
 template <class Store>
-static __attribute__((noinline)) void finish(int activation, int row, int rows, int vectors, float* sums,
-                                             const Store out) {
+static __attribute__((noinline)) void finish(int activation, const int32_t* order, int place, int rows, int vectors,
+                                             float* sums, const Store out) {
   if (activation) activate_all(sums, rows * vectors, activation);
   for (int r = 0; r < rows; ++r, sums += vectors * V)
-    for (int v = 0; v < vectors; ++v) out.one(row + r, v, load(sums + v * V));
+    for (int v = 0; v < vectors; ++v) out.one(row_at(order, place + r), v, load(sums + v * V));
 }
 
 // A: what is done to sums on the way out, known ahead; kOther: asked for here
 enum : int { kOther = kActivations };
 
 template <int A, int R, int N, class Store>
-static inline void close(Tile<R, N>& acc, const Rows& w, int chunk, int row, float* partial, const Store& out) {
+static inline void close(Tile<R, N>& acc, const Rows& w, int chunk, int place, float* partial, const Store& out) {
   const bool last = chunk + 1 == w.chunks;
   if (A != kOther && last) {
     SN_UNROLL for (int r = 0; r < R; ++r)
-      SN_UNROLL for (int v = 0; v < N; ++v) out.one(row + r, v, activate(acc[r][v], A));
+      SN_UNROLL for (int v = 0; v < N; ++v) out.one(row_at(w.order, place + r), v, activate(acc[r][v], A));
     return;
   }
   SN_UNROLL for (int r = 0; r < R; ++r)
     SN_UNROLL for (int v = 0; v < N; ++v) store(partial + (r * N + v) * V, acc[r][v]);
-  if (last) finish(w.activation, row, R, N, partial, out);
+  if (last) finish(w.activation, w.order, place, R, N, partial, out);
 }
 
 // S: the vectors of a panel lie every S-th
@@ -117,14 +120,14 @@ static inline void add_blocks(Tile<4, N>& acc, const Rows& w, const int32_t* sta
 }
 
 template <bool Blocks, int R, int N, int A, int S, class Store>
-static inline __attribute__((always_inline)) void unit_rows(const Rows& w, int chunk, int unit, int row,
+static inline __attribute__((always_inline)) void unit_rows(const Rows& w, int chunk, int unit, int place,
                                                             const float* x, float* partial, const Store& out) {
   Tile<R, N> acc;
   const int32_t* start = w.starts + static_cast<int64_t>(chunk) * w.units + unit;
-  open<R, N>(acc, w, chunk, row, partial);
+  open<R, N>(acc, w, chunk, place, partial);
   if constexpr (Blocks) add_blocks<S>(acc, w, start, x);
   else add_rows<S>(acc, w, start, x);
-  close<A>(acc, w, chunk, row, partial, out);
+  close<A>(acc, w, chunk, place, partial, out);
 }
 
 // units [from, to) on one panel; partial: room for (to - from) * block * N vectors

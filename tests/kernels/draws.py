@@ -11,12 +11,19 @@ from kernels.calls import ACTIVATIONS
 activations = st.sampled_from(list(ACTIVATIONS))
 seeds = st.integers(0, 2**31 - 1)
 storage = st.sampled_from([torch.float32, torch.bfloat16])
+equal_rows = st.sampled_from([0, 1, 4])
 densities = st.sampled_from([0.0, 0.05, 0.2, 0.6, 1.0])
 
 
 def weight(seed: int, shape: tuple[int, ...], density: float, rows: int) -> Tensor:
-    """Normal numbers, of which a mask of `rows` equal neighbouring rows keeps a share."""
+    """Normal numbers, of which a mask of `rows` equal neighbouring rows keeps a share.
+
+    With `rows` 0 whole rows are kept or not.
+    """
     generator = torch.Generator().manual_seed(seed)
+    if rows == 0:
+        kept = torch.rand(shape[0], *(1 for _ in shape[1:]), generator=generator) < density
+        return torch.randn(shape, generator=generator) * kept
     mask = torch.rand(-(-shape[0] // rows), *shape[1:], generator=generator) < density
     mask = mask.repeat_interleave(rows, 0)[: shape[0]]
     return torch.randn(shape, generator=generator) * mask

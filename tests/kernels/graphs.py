@@ -78,12 +78,13 @@ class Drawn:
         density = self.random.choice(DENSITIES)
         shape = (rows, channels // groups, kernel, kernel)
         fan_in = max(1.0, density * shape[1] * kernel * kernel)
-        blocks = 4 if rows // groups % 4 == 0 and self.random.random() < 0.3 else 1
+        blocks = self.random.choice((0, 1, 1, 4)) if rows // groups % 4 == 0 else 1
         weight = draws.weight(self.random.randrange(2**31), shape, density, blocks) / fan_in**0.5
         return kernels.pack_conv2d(weight.to(self.storage()), groups)
 
     def linear(self, source: int, inputs: int, rows: int, out: int) -> int:
-        weight = draws.weight(self.random.randrange(2**31), (rows, inputs), 0.4, 1)
+        like = self.random.choice((0, 1))
+        weight = draws.weight(self.random.randrange(2**31), (rows, inputs), 0.4, like)
         weight = (weight / max(1, 0.4 * inputs) ** 0.5).to(self.storage())
         fused = self.fused(kernels.pack_linear(weight), rows)
         self.graph.steps.append(Step("linear", source, out, **fused))

@@ -88,7 +88,7 @@ def calls(draw: st.DrawFn) -> Case:
         graph = one_step(seed, size) if steps == 1 else Drawn(seed, size).grow(steps)
         parts = draw(st.sampled_from([p for p in (0, *PARTS) if not p or fits(graph, p)]))
         return program(graph, draws.numbers(seed, min(batch, 5), *size), threads, parts)
-    density, rows = draw(draws.densities), draw(st.sampled_from([1, 4]))
+    density, rows = draw(draws.densities), draw(draws.equal_rows)
     activation, with_bias = draw(draws.activations), draw(st.booleans())
     if operation == "conv2d":
         conv = draw(st.one_of(draws.general, draws.pointwise))

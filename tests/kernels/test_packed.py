@@ -17,6 +17,7 @@ from tests.kernels import draws
 EXAMPLE = {
     "linear": kernels.pack_linear(draws.weight(0, (33, 300), 0.1, 1)),
     "blocks": kernels.pack_linear(draws.weight(0, (32, 70), 0.2, 4)),
+    "ordered": kernels.pack_conv2d(draws.weight(2, (16, 9, 3, 3), 0.5, 0), 2),
     "conv": kernels.pack_conv2d(draws.weight(0, (8, 40, 3, 3), 0.1, 1), 2),
     "bfloat16": kernels.pack_linear(draws.weight(0, (33, 300), 0.1, 1).bfloat16()),
 }
@@ -26,7 +27,7 @@ EXAMPLE = {
 @given(
     rows=st.integers(0, 40),
     columns=st.integers(0, 300),
-    block=st.sampled_from([1, 4]),
+    block=draws.equal_rows,
     density=draws.densities,
     dtype=draws.storage,
     seed=draws.seeds,
@@ -41,11 +42,17 @@ def test_linear_weights_come_back_exactly(
 
 
 @settings(max_examples=60, deadline=None)
-@given(case=draws.general, density=draws.densities, dtype=draws.storage, seed=draws.seeds)
+@given(
+    case=draws.general,
+    block=draws.equal_rows,
+    density=draws.densities,
+    dtype=draws.storage,
+    seed=draws.seeds,
+)
 def test_convolution_weights_come_back_exactly(
-    case: draws.Conv, density: float, dtype: torch.dtype, seed: int
+    case: draws.Conv, block: int, density: float, dtype: torch.dtype, seed: int
 ) -> None:
-    weight = draws.weight(seed, case.weight_shape, density, 1).to(dtype)
+    weight = draws.weight(seed, case.weight_shape, density, block).to(dtype)
     assert torch.equal(kernels.dense(kernels.pack_conv2d(weight, case.groups)), weight)
 
 
@@ -54,7 +61,7 @@ def test_meta_is_json_and_says_what_was_packed() -> None:
     meta = kernels.pack_conv2d(weight, groups=2).meta
     assert json.loads(json.dumps(meta)) == meta
     assert meta == {
-        "format": 1,
+        "format": 2,
         "operation": "sparse_conv2d",
         "shape": [8, 6, 3, 3],
         "groups": 2,
@@ -68,6 +75,7 @@ def test_meta_is_json_and_says_what_was_packed() -> None:
 def test_blocks_of_four_rows_are_found() -> None:
     assert EXAMPLE["blocks"].meta["block"] == "4x1"
     assert EXAMPLE["linear"].meta["block"] == "1x1"
+    assert EXAMPLE["ordered"].meta["block"] == "4x1"
     assert kernels.pack_linear(torch.ones(6, 8)).meta["block"] == "1x1"
 
 
@@ -139,6 +147,7 @@ def forge(name: str, section: str, place: int, value: int) -> b.Bytes:
     raw = EXAMPLE[name].data.numpy().copy()
     entries, slices = b.entries_of(raw), b.slices_of(raw)
     sections: dict[str, npt.NDArray[Any]] = {
+        "order": entries.order,
         "starts": entries.starts,
         "columns": entries.columns,
         "slice_starts": slices.starts,
@@ -157,6 +166,9 @@ def forge(name: str, section: str, place: int, value: int) -> b.Bytes:
         ("linear", "columns", 0, 299, "columns must be inside"),
         ("conv", "columns", 5, 360, "columns must be inside"),
         ("linear", "columns", 1, 0, "columns must be"),
+        ("ordered", "order", 0, 16, "order must be the 16 rows"),
+        ("ordered", "order", 0, -1, "order must be the 16 rows"),
+        ("ordered", "order", 0, 15, "order must be the 16 rows"),
         ("linear", "starts", 0, 1, "starts must be ascending from 0"),
         ("linear", "starts", 3, 2**30, "starts must be ascending"),
         ("linear", "starts", -1, 2**30, "starts must be ascending"),

@@ -37,7 +37,7 @@ def check(case: draws.Conv, x: Tensor, weight: Tensor, bias: Tensor | None, act:
 @given(
     case=st.one_of(draws.general, draws.pointwise),
     density=draws.densities,
-    rows=st.sampled_from([1, 4]),
+    rows=draws.equal_rows,
     activation=draws.activations,
     with_bias=st.booleans(),
     dtype=draws.storage,

@@ -28,7 +28,7 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> No
     inputs=st.sampled_from([1, 3, 16, 31, 32, 33, 100, 300]),
     outputs=st.sampled_from([1, 4, 15, 16, 17, 40, 64]),
     density=draws.densities,
-    rows=st.sampled_from([1, 4]),
+    rows=draws.equal_rows,
     activation=draws.activations,
     with_bias=st.booleans(),
     dtype=draws.storage,

@@ -23,10 +23,10 @@ def _run(x: Tensor, program: Tensor, out_tail: Sequence[int]) -> Tensor:
     lib = library()
     if lib is None:
         return _plain(x, program, out_tail).reshape(shape)
-    x, y = x.contiguous(), x.new_empty(shape)
-    pointers = (x.data_ptr(), sizes, program.data_ptr(), program.numel(), y.data_ptr(), tail)
-    arguments = (*pointers, get_num_threads(), None)
-    if lib.chain(*arguments):
+    x, y, size = x.contiguous(), x.new_empty(*shape), program.numel()  # sizes in a tuple: 0.4 us
+    pointers = (x.data_ptr(), sizes, program.data_ptr(), size, y.data_ptr(), tail)
+    if lib.chain(*pointers, get_num_threads(), None):
+        arguments = (*pointers, get_num_threads(), None)
         refusal = partial(_mismatch, x, program, out_tail)
         calls.settle(lib, lib.chain, arguments, program, validate, refusal)
     return y

@@ -42,7 +42,7 @@ def _run(
         _check_fit(x, weight, out_channels, kernel_size, groups)
         x, dense = x.contiguous(), unpack(weight)
         return reference.sparse_conv2d(x, dense, bias, *pairs[1:], groups, activation)
-    x, y = x.contiguous(), x.new_empty(geometry.out)
+    x, y = x.contiguous(), x.new_empty(*geometry.out)
     arguments = (
         x.data_ptr(),
         geometry.numbers,

@@ -29,7 +29,7 @@ def _run(
     if lib is None:
         return _plain(x, weight, bias, out_features, activation)
     batch, shape = _shape(x.shape, out_features)
-    x, y = x.contiguous(), x.new_empty(shape)
+    x, y = x.contiguous(), x.new_empty(*shape)
     arguments = (
         x.data_ptr(),
         batch,

@@ -63,7 +63,7 @@ class Layer:
         """The share of zeros in the weight."""
         return 1.0 - self.nonzeros / max(1, self.weight.numel())
 
-    @property
+    @cached_property
     def nonzeros(self) -> int:
         """How many elements of the weight are not zero."""
         return int(torch.count_nonzero(self.weight))

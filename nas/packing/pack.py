@@ -196,7 +196,8 @@ def _batches(example: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
     yield example
     carries = batched(example)
     parts = list(zip(example, carries, strict=True))
-    yield tuple(x[:1] if carried else x for x, carried in parts)
+    if batch_of(example) > 1:
+        yield tuple(x[:1] if carried else x for x, carried in parts)
     yield tuple(torch.cat([x, x[:1]]) if carried else x for x, carried in parts)
 
 

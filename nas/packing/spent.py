@@ -16,7 +16,7 @@ from nas.latency import no_gc
 from nas.packing.layer import Kernel, Layer
 
 SECONDS = 0.05
-ROUNDS = 11  # at least
+ROUNDS = 5  # at least
 
 
 @dataclass(frozen=True)

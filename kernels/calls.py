@@ -14,12 +14,19 @@ FRAGMENT = torch.library.Library("sparse_nas", "FRAGMENT")  # type: ignore[no-un
 ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2, "silu": 3, "gelu": 4}
 
 
-def define(schema: str, run: Callable[..., Tensor], fake: Callable[..., Tensor]) -> None:
-    """Adds an inference operator to `torch.ops.sparse_nas`."""
+def define(
+    schema: str,
+    run: Callable[..., Tensor],
+    fake: Callable[..., Tensor],
+    cuda: Callable[..., Tensor] | None = None,
+) -> None:
+    """Adds an inference operator to `torch.ops.sparse_nas`, for the CPU and perhaps for GPUs."""
     name = schema.split("(")[0]
     tags = (torch.Tag.pt2_compliant_tag,)
     FRAGMENT.define(schema, tags=tags)  # type: ignore[no-untyped-call]
     FRAGMENT.impl(name, run, "CPU")  # type: ignore[no-untyped-call]
+    if cuda is not None:
+        FRAGMENT.impl(name, cuda, "CUDA")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"sparse_nas::{name}", fake, lib=FRAGMENT)
 
 

@@ -23,7 +23,7 @@ class Packed:
     """A sparse weight, ready for its kernel.
 
     Attributes:
-        data: (n,) uint8, contiguous, on the CPU: what the operators take as `weight`.
+        data: (n,) uint8, contiguous, on the weight's device: what the operators take as `weight`.
         meta: JSON of format, operation, shape, groups, dtype, pattern (what the mask follows, see
             `kernels.patterns`), block (rows that are stored and run together) and nonzeros.
     """
@@ -37,11 +37,13 @@ def pack_linear(weight: Tensor) -> Packed:
 
     Args:
         weight: (out, in), float32 or bfloat16, which is how it is stored; its zeros are left out,
-            whatever their pattern.
+            whatever their pattern. On a GPU float16 too, and blocks of zeros are left out.
 
     Raises:
         ValueError: not two dimensions, another dtype, or 2^29 elements or more.
     """
+    if weight.is_cuda:
+        return _on_gpu().pack_linear(weight)
     dense_weight = _weight(weight, "pack_linear", ("out", "in"))
     order = _order(dense_weight, 1)
     placed = _placed(dense_weight, order)
@@ -84,6 +86,8 @@ def dense(packed: Packed) -> Tensor:
     Raises:
         ValueError: the blob is malformed.
     """
+    if packed.data.is_cuda:
+        return _on_gpu().unpack(_on_gpu().read(packed.data))
     check_blob(packed.data)
     return unpack(packed.data).to(_DTYPES[b.shape_of(packed.data.numpy()).dtype])
 
@@ -106,6 +110,8 @@ def validate(data: Tensor, meta: dict[str, Any]) -> None:
     Raises:
         ValueError: names what is malformed, the rule and the value.
     """
+    if data.is_cuda:
+        return _on_gpu().validate(data, meta)
     if data.dtype != torch.uint8 or data.dim() != 1 or not data.is_contiguous():
         raise ValueError(
             "packed weight: data must be contiguous (n,) uint8, "
@@ -120,6 +126,13 @@ def validate(data: Tensor, meta: dict[str, Any]) -> None:
                 f"packed weight: meta {key} must be {true.get(key)!r} as in data, "
                 f"got {meta.get(key)!r}"
             )
+
+
+def _on_gpu() -> Any:
+    """`kernels.cuda.blob`, which imports this module and which nobody without a GPU needs."""
+    from kernels.cuda import blob
+
+    return blob
 
 
 def check_blob(data: Tensor) -> None:

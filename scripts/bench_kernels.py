@@ -121,6 +121,10 @@ CASES = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures every case and prints one row each; 1 if a result was wrong."""
     args = _parse(arguments)
+    if args.device == "cuda":
+        from scripts import kernels_on_gpu
+
+        return kernels_on_gpu.run(args)
     torch.set_num_threads(args.threads)
     machine = _machine(args.threads)
     print("  ".join(f"{key} {value}" for key, value in machine.items()))
@@ -140,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", choices=["cpu"], default="cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--sparsity", type=float, nargs="+", default=list(MARKS))
     parser.add_argument("--only", default="", help="cases whose name holds this")

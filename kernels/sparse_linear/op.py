@@ -78,4 +78,12 @@ def _fake(
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-calls.define(SCHEMA, _run, _fake)
+def _run_cuda(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, activation: str = "none"
+) -> Tensor:
+    from kernels.cuda import linear  # not at the top: nobody without a GPU needs it
+
+    return linear.run(x, weight, bias, out_features, activation)
+
+
+calls.define(SCHEMA, _run, _fake, _run_cuda)

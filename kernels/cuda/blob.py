@@ -1,0 +1,286 @@
+"""The bytes of a weight packed for a GPU: a header, an index of its blocks, and their values."""
+
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from kernels.packed import Packed
+from kernels.patterns import pattern_of
+
+VERSION = 1
+DENSE, BLOCKS, ENTRIES = 0, 1, 2
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+SIZES = (128, 64, 32, 16)  # rows or columns of a block
+WORTH = 0.7  # a weight of which more would be stored in blocks is kept dense
+SPARSE = 0.35  # kept of a dense weight, up to which its entries are stored beside it
+_MAGIC = b"SNBLOCKS"
+_INTS = ("rows", "channels", "block_rows", "block_columns", "blocks", "nonzeros", "dtype", "kind")
+_SECTIONS = ("starts", "columns", "values")
+HEADER = np.dtype(
+    [("magic", "S8"), ("version", "<i4"), ("crc", "<u4"), ("bytes", "<i8")]
+    + [(name, "<i4") for name in _INTS]
+    + [(name, "<i8") for name in _SECTIONS]
+)
+_SPACE = 128  # the header and what follows it; sections begin at multiples of this
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """A packed weight as kernels see it: views of one tensor, and what its header says.
+
+    Attributes:
+        rows: output features.
+        channels: input features.
+        block: (rows, columns) of a block; of a dense weight its shape.
+        starts: (rows / block rows + 1,) int32, where each row of blocks begins; or (rows + 1,),
+            where each row of entries does, a multiple of 4.
+        columns: (blocks,) int32, which column of blocks each is in, ascending in a row; or
+            (entries,): a column below, the bits of a value of 16 bits above.
+        values: (blocks, block rows, block columns), or (rows, channels) of a dense weight.
+        dense: whether the whole weight is stored, perhaps with its entries.
+    """
+
+    rows: int
+    channels: int
+    block: tuple[int, int]
+    starts: Tensor
+    columns: Tensor
+    values: Tensor
+    dense: bool
+
+    @property
+    def has_entries(self) -> bool:
+        """Whether non-zeros are stored one by one beside the whole weight."""
+        return self.dense and len(self.starts) > 0
+
+
+def pack_linear(weight: Tensor) -> Packed:
+    """Packs a weight on a GPU: see `kernels.pack_linear`, which calls this.
+
+    Args:
+        weight: (out, in), float32, bfloat16 or float16, on a CUDA device; blocks of zeros are left
+            out where that saves enough, else it is stored dense, for many tokens; of two bytes and
+            with few non-zeros also non-zero by non-zero, for few.
+
+    Raises:
+        ValueError: not two dimensions, or another dtype.
+    """
+    if weight.dim() != 2 or weight.dtype not in DTYPES:
+        raise ValueError(
+            "pack_linear: weight must be float32, bfloat16 or float16 (out, in), "
+            f"got {weight.dtype} {tuple(weight.shape)}"
+        )
+    weight = weight.detach()
+    block = _block(weight)
+    raw = _write(weight, block)
+    return Packed(raw, _meta(raw, pattern_of(weight.cpu().ne(0).numpy()[:, :, None])))
+
+
+def read(data: Tensor) -> Blocks:
+    """The parts of a packed weight.
+
+    The index is checked when a tensor is met for the first time or after it was written to; that
+    waits for the device. Later calls find what was found then.
+
+    Raises:
+        ValueError: it is malformed, or was not packed for a GPU.
+    """
+    held = _met.get(data)
+    version = 0 if data.is_inference() else data._version
+    if held is None or held[:2] != (version, data.data_ptr()):
+        held = (version, data.data_ptr(), _parse(data))
+        _met[data] = held
+    return held[2]
+
+
+_met: Any = WeakTensorKeyDictionary()
+
+
+def validate(data: Tensor, meta: dict[str, Any]) -> None:
+    """Checks a packed weight that came from elsewhere, its checksum too.
+
+    Raises:
+        ValueError: names what is malformed, the rule and the value.
+    """
+    blocks = read(data)
+    raw = data.cpu().numpy()
+    found = _checksum(raw)
+    _rule(_head(raw)["crc"] == found, "checksum", f"{found:#010x}", _head(raw)["crc"])
+    kept = unpack(blocks).ne(0)
+    nonzeros = int(kept.sum())
+    _rule(_head(raw)["nonzeros"] == nonzeros, "nonzeros", str(nonzeros), _head(raw)["nonzeros"])
+    true = _meta(data, pattern_of(kept.cpu().numpy()[:, :, None]))
+    for key in true.keys() | meta.keys():
+        _rule(meta.get(key) == true.get(key), f"meta {key}", repr(true.get(key)), meta.get(key))
+
+
+def unpack(blocks: Blocks) -> Tensor:
+    """The dense weight (rows, channels)."""
+    if blocks.dense:
+        return blocks.values
+    height, width = blocks.block
+    counts = blocks.starts.diff().long()
+    row = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+    grid = blocks.values.new_zeros(blocks.rows // height, blocks.channels // width, height, width)
+    grid[row, blocks.columns.long()] = blocks.values
+    return grid.transpose(1, 2).reshape(blocks.rows, blocks.channels)
+
+
+def _block(weight: Tensor) -> tuple[int, int] | None:
+    """The largest block that stores about as little as any; None where dense is as good."""
+    stored: dict[tuple[int, int], int] = {}
+    for height in SIZES:
+        for width in SIZES:
+            if weight.shape[0] % height == 0 and weight.shape[1] % width == 0:
+                grid = weight.unflatten(1, (-1, width)).unflatten(0, (-1, height))
+                stored[height, width] = int(grid.ne(0).any(3).any(1).sum()) * height * width
+    least = min(stored.values(), default=weight.numel())
+    if not weight.numel() or least > WORTH * weight.numel():
+        return None
+    return max(block for block, size in stored.items() if size <= 1.1 * least)
+
+
+def _write(weight: Tensor, block: tuple[int, int] | None) -> Tensor:
+    rows, channels = weight.shape
+    starts = columns = torch.zeros(0, dtype=torch.int32, device=weight.device)
+    values, kind = weight.contiguous(), DENSE if block is None else BLOCKS
+    if block is None and _has_entries(weight):
+        (starts, columns), kind = _entries(values), ENTRIES
+    elif block is not None:
+        grid = weight.unflatten(1, (-1, block[1])).unflatten(0, (-1, block[0])).transpose(1, 2)
+        kept = grid.ne(0).flatten(2).any(2)
+        starts = torch.cat([kept.new_zeros(1).int(), kept.sum(1).cumsum(0).int()])
+        columns, values = kept.nonzero()[:, 1].int(), grid[kept].contiguous()
+    head = np.zeros((), HEADER)
+    head["magic"], head["version"], head["kind"] = _MAGIC, VERSION, kind
+    head["rows"], head["channels"], head["dtype"] = rows, channels, DTYPES[weight.dtype]
+    head["block_rows"], head["block_columns"] = block or (rows, channels)
+    head["blocks"], head["nonzeros"] = len(columns), int(weight.count_nonzero())
+    offsets, head["bytes"] = _offsets([4 * len(starts), 4 * len(columns), values.nbytes])
+    raw = torch.zeros(int(head["bytes"]), dtype=torch.uint8, device=weight.device)
+    for name, offset, part in zip(_SECTIONS, offsets, (starts, columns, values), strict=True):
+        head[name] = offset
+        raw[offset : offset + part.nbytes] = part.view(torch.uint8).flatten()
+    head["crc"] = _checksum(raw.cpu().numpy())
+    raw[: HEADER.itemsize] = torch.from_numpy(head.reshape(1).view(np.uint8)).to(raw.device)
+    return raw
+
+
+def _has_entries(weight: Tensor) -> bool:
+    rows, channels = weight.shape
+    fits = weight.itemsize == 2 and channels <= 2**16 and rows * channels < 2**31
+    return fits and 0 < int(weight.count_nonzero()) <= SPARSE * weight.numel()
+
+
+def _entries(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Where rows start, and their entries, zeros behind them up to a multiple of four."""
+    row, column = weight.nonzero(as_tuple=True)
+    counts = torch.bincount(row, minlength=len(weight))
+    ends, first = counts.cumsum(0), (counts + 3) // 4 * 4
+    starts = torch.cat([first.new_zeros(1), first.cumsum(0)])
+    place = starts[row] + torch.arange(len(row), device=row.device) - (ends - counts)[row]
+    held = torch.zeros(int(starts[-1]), dtype=torch.int32, device=row.device)
+    bits = weight[row, column].view(torch.int16).int()
+    held[place] = column.int() | (bits << 16)
+    return starts.int(), held
+
+
+def _offsets(sizes: list[int]) -> tuple[list[int], int]:
+    offsets, end = [], _SPACE
+    for size in sizes:
+        offsets.append(end)
+        end += -(-size // _SPACE) * _SPACE
+    return offsets, end
+
+
+def _checksum(raw: npt.NDArray[np.uint8]) -> int:
+    """CRC-32 of all behind the header."""
+    return zlib.crc32(raw[_SPACE:].data)
+
+
+def _rule(holds: bool, thing: str, rule: str, value: object) -> None:
+    if not holds:
+        raise ValueError(f"packed weight: {thing} must be {rule}, got {value}")
+
+
+def _head(raw: npt.NDArray[np.uint8]) -> Any:
+    _rule(len(raw) >= _SPACE, "size", f"at least {_SPACE} bytes", len(raw))
+    head = raw[: HEADER.itemsize].view(HEADER)[0]
+    known = bytes(head["magic"]) == _MAGIC
+    _rule(known, "magic", f"{_MAGIC!r}, as packed from a weight on a GPU", bytes(head["magic"]))
+    _rule(head["version"] == VERSION, "format", str(VERSION), head["version"])
+    return head
+
+
+def _parse(data: Tensor) -> Blocks:
+    fits = data.dtype is torch.uint8 and data.dim() == 1 and data.is_contiguous()
+    _rule(fits, "data", "contiguous (n,) uint8", f"{tuple(data.shape)} {data.dtype}")
+    head = _head(data[:_SPACE].cpu().numpy())
+    rows, channels, height, width, count, _, dtype, kind = (int(head[name]) for name in _INTS)
+    _rule(kind in (DENSE, BLOCKS, ENTRIES), "kind", "0, 1 or 2", kind)
+    _rule(dtype in DTYPES.values(), "dtype", "0, 1 or 2", dtype)
+    _rule(min(rows, channels, count) >= 0, "shape", "non-negative", (rows, channels, count))
+    if kind == BLOCKS:
+        whole = {height, width} <= set(SIZES) and rows % height == 0 and channels % width == 0
+        _rule(whole, "block", f"of {SIZES}, a divisor of {(rows, channels)}", (height, width))
+    else:
+        _rule((height, width) == (rows, channels), "block", "the whole", (height, width))
+    stored = next(known for known, number in DTYPES.items() if number == dtype)
+    lines = {DENSE: 0, ENTRIES: rows + 1}.get(kind, rows // max(1, height) + 1)
+    _rule(kind != DENSE or count == 0, "entries", "none", count)
+    _rule(kind != ENTRIES or stored.itemsize == 2, "dtype of entries", "of 2 bytes", stored)
+    size = count * height * width if kind == BLOCKS else rows * channels
+    lengths = [4 * lines, 4 * count, size * stored.itemsize]
+    offsets, end = _offsets(lengths)
+    _rule([int(head[n]) for n in _SECTIONS] == offsets, "sections", f"at {offsets}", "others")
+    _rule(int(head["bytes"]) == end == len(data), "bytes", str(end), (head["bytes"], len(data)))
+    parts = [data[o : o + n] for o, n in zip(offsets, lengths, strict=True)]
+    starts, columns = (part.view(torch.int32) for part in parts[:2])
+    values = parts[2].view(stored)
+    whole = kind != BLOCKS
+    values = values.view(rows, channels) if whole else values.view(count, height, width)
+    found = Blocks(rows, channels, (height, width), starts, columns, values, whole)
+    _check_index(found)
+    return found
+
+
+def _check_index(blocks: Blocks) -> None:
+    starts, columns, count = blocks.starts, blocks.columns, len(blocks.columns)
+    if not len(starts):
+        return
+    steps = starts.diff()
+    whole = bool((starts[0] == 0) & (starts[-1] == count) & (steps >= 0).all())
+    _rule(whole, "starts", f"ascending from 0 to {count}", starts.tolist()[:4])
+    if blocks.has_entries:
+        _rule(not bool((starts % 4).any()), "starts", "multiples of 4", starts.tolist()[:4])
+    width = blocks.channels if blocks.has_entries else blocks.channels // blocks.block[1]
+    column = columns & 0xFFFF if blocks.has_entries else columns
+    _rule(
+        not bool(((column < 0) | (column >= width)).any()), "columns", f"in [0, {width})", "others"
+    )
+    if not blocks.has_entries:
+        row = torch.repeat_interleave(torch.arange(len(steps), device=steps.device), steps)
+        ascending = bool(((columns.diff() > 0) | (row.diff() > 0)).all())
+        _rule(ascending, "columns", "ascending in each row", "others")
+
+
+def _meta(data: Tensor, pattern: str) -> dict[str, Any]:
+    head = _head(data[:_SPACE].cpu().numpy())
+    block = f"{head['block_rows']}x{head['block_columns']}"
+    stored = next(known for known, number in DTYPES.items() if number == head["dtype"])
+    return {
+        "format": VERSION,
+        "operation": "sparse_linear",
+        "device": "cuda",
+        "shape": [int(head["rows"]), int(head["channels"])],
+        "dtype": str(stored).removeprefix("torch."),
+        "pattern": pattern,
+        "block": {DENSE: "dense", ENTRIES: "1x1"}.get(int(head["kind"]), block),
+        "nonzeros": int(head["nonzeros"]),
+    }

@@ -1,0 +1,181 @@
+"""CUDA C++ compiled by NVRTC, which torch ships, into a cache, and launched on torch's stream."""
+
+import ctypes
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kernels.native.build import cache_folder
+
+SOURCES = Path(__file__).parent
+_PROGRAMMATIC = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+_MOST_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_STATIC = 48 * 1024
+
+
+class _Attribute(ctypes.Structure):
+    _fields_ = [
+        ("id", ctypes.c_int),
+        ("pad", ctypes.c_char * 4),
+        ("value", ctypes.c_int),
+        ("rest", ctypes.c_char * 60),
+    ]
+
+
+class _Config(ctypes.Structure):
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    ]
+
+
+class CompileError(Exception):
+    """NVRTC is missing or refused the source; says why."""
+
+
+class Function:
+    """A kernel of one device, ready to be launched.
+
+    Attributes:
+        early: whether its launches may begin before the kernel before them has ended (compute
+            capability 9.0 and newer; the kernel itself waits for what it reads).
+    """
+
+    def __init__(self, handle: ctypes.c_void_p, early: bool) -> None:
+        self.handle = handle
+        self.early = early
+
+    def launch(
+        self,
+        grid: tuple[int, int],
+        threads: int,
+        arguments: Sequence[Any],
+        stream: int,
+        shared: int = 0,
+    ) -> None:
+        """Launch; `arguments` are ctypes values, `shared` bytes of dynamic shared memory.
+
+        Raises:
+            RuntimeError: the driver refused, with its number.
+        """
+        config = _Config((*grid, 1), (threads, 1, 1), shared, stream, None, 0)
+        if self.early:
+            attribute = _Attribute(_PROGRAMMATIC, b"", 1)
+            config.attributes, config.count = ctypes.pointer(attribute), 1
+        pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
+        _ok(_cuda().cuLaunchKernelEx(ctypes.byref(config), self.handle, pointers, None), "launch")
+
+
+@cache
+def function(
+    source: str, name: str, device: int, defines: tuple[tuple[str, int], ...]
+) -> Function:
+    """The kernel `name` of a file beside this one, compiled for a device with these macros.
+
+    Raises:
+        CompileError: there is no NVRTC, or it refused.
+    """
+    major, minor = torch.cuda.get_device_capability(device)
+    image = _image(source, f"sm_{major}{minor}", dict(defines))
+    module, handle = ctypes.c_void_p(), ctypes.c_void_p()
+    with torch.cuda.device(device):
+        torch.cuda.current_stream().synchronize()  # makes the device's context current
+        _ok(_cuda().cuModuleLoadData(ctypes.byref(module), image), "cuModuleLoadData")
+        _ok(_cuda().cuModuleGetFunction(ctypes.byref(handle), module, name.encode()), name)
+        _ok(_cuda().cuFuncSetAttribute(handle, _MOST_SHARED, most_shared(device)), name)
+    return Function(handle, major >= 9)
+
+
+def most_shared(device: int) -> int:
+    """Bytes of shared memory that a thread block may ask for, a little kept for what is static."""
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin) - _STATIC
+
+
+def available() -> bool:
+    """Whether CUDA C++ can be compiled here; says once why not."""
+    return _why_not() == ""
+
+
+@cache
+def _why_not() -> str:
+    try:
+        _nvrtc()
+        _cuda()
+    except CompileError as error:
+        logging.getLogger("kernels").warning("GPU kernels for few tokens run in Triton: %s", error)
+        return str(error)
+    return ""
+
+
+def _image(source: str, target: str, defines: Mapping[str, int]) -> bytes:
+    """The machine code, from the cache or compiled into it."""
+    shared = (SOURCES / "common.cuh").read_bytes()
+    text = (SOURCES / source).read_bytes().replace(b'#include "common.cuh"', shared)
+    options = [f"--gpu-architecture={target}", "--std=c++17"]
+    options += [f"-D{key}={value}" for key, value in sorted(defines.items())]
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    _nvrtc().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    words = "\n".join([*options, f"{major.value}.{minor.value}"]).encode()
+    digest = hashlib.sha256(words + text).hexdigest()[:16]
+    path = cache_folder() / f"{Path(source).stem}-{target}-{digest}.cubin"
+    if not path.exists():
+        image = _compile(text, source, options)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{id(image)}.part")
+        partial.write_bytes(image)
+        partial.replace(path)
+    return path.read_bytes()
+
+
+def _compile(text: bytes, name: str, options: list[str]) -> bytes:
+    nvrtc, program = _nvrtc(), ctypes.c_void_p()
+    nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, name.encode(), 0, None, None)
+    words = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+    if nvrtc.nvrtcCompileProgram(program, len(options), words):
+        raise CompileError(
+            _taken(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program).decode()
+        )
+    return _taken(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program)
+
+
+def _taken(size_of: Any, get: Any, program: ctypes.c_void_p) -> bytes:
+    size = ctypes.c_size_t()
+    size_of(program, ctypes.byref(size))
+    buffer = ctypes.create_string_buffer(size.value)
+    get(program, buffer)
+    return buffer.raw
+
+
+@cache
+def _nvrtc() -> ctypes.CDLL:
+    major = (torch.version.cuda or "0").split(".")[0]
+    name = f"libnvrtc.so.{major}"
+    beside = Path(torch.__file__).parent.parent / "nvidia"
+    for path in (name, *map(str, sorted(beside.glob(f"*/lib/{name}")))):
+        try:
+            return ctypes.CDLL(path)
+        except OSError:
+            continue
+    raise CompileError(f"{name} was not found, neither by the loader nor beside torch")
+
+
+@cache
+def _cuda() -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise CompileError(str(error)) from error
+
+
+def _ok(status: int, what: str) -> None:
+    if status:
+        raise RuntimeError(f"CUDA driver: {what} gave error {status}")

@@ -1,0 +1,61 @@
+"""Sparse linear of one to four tokens, zeros anywhere, by entries.cu."""
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.cuda.blob import Blocks
+from kernels.cuda.driver import available, function, most_shared
+
+MOST_TOKENS = 4
+_BYTES = {1: 4, 2: 4, 4: 8}  # of a column of x in shared memory, by tokens
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How entries.cu is compiled.
+
+    Attributes:
+        warps: of a thread block, each of which takes a row.
+        loads: of four entries, that a lane asks for at once.
+        rounds: rows that a warp takes one after another, at least.
+    """
+
+    warps: int = 16
+    loads: int = 4
+    rounds: int = 1
+
+
+def takes(blocks: Blocks, x: Tensor) -> bool:
+    """Whether this kernel computes it: there are entries, and x fits into shared memory."""
+    if not blocks.has_entries or not 1 <= len(x) <= MOST_TOKENS or not available():
+        return False
+    return blocks.channels * _BYTES[_width(len(x))] <= most_shared(x.device.index)
+
+
+def linear(
+    blocks: Blocks, x: Tensor, bias: Tensor | None, activation: int, how: Plan | None = None
+) -> Tensor:
+    """Gives y (tokens, rows) of x (tokens, channels), contiguous; bias float32."""
+    how, width = how or Plan(), _width(len(x))
+    y = x.new_empty(len(x), blocks.rows)
+    addresses = [
+        ctypes.c_void_p(None if t is None else t.data_ptr())
+        for t in (blocks.columns, blocks.starts, x, bias, y)
+    ]
+    numbers = map(ctypes.c_int, (len(x), blocks.channels, blocks.rows, activation))
+    narrow = ("BF16", int(x.dtype is torch.bfloat16))
+    defines = (("T", width), ("WARPS", how.warps), ("U", how.loads), narrow)
+    kernel = function("entries.cu", "entries", x.device.index, defines)
+    grid = (-(-blocks.rows // (how.warps * how.rounds)), 1)
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    shared = blocks.channels * _BYTES[width]
+    with torch.cuda.device(x.device):
+        kernel.launch(grid, 32 * how.warps, [*addresses, *numbers], stream, shared)
+    return y
+
+
+def _width(tokens: int) -> int:
+    return 1 if tokens == 1 else 2 if tokens == 2 else 4

@@ -1,0 +1,82 @@
+"""Sparse linear of few tokens, by few.cu."""
+
+import ctypes
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from kernels.cuda.blob import Blocks
+from kernels.cuda.driver import available, function
+
+MOST_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How few.cu is compiled.
+
+    Attributes:
+        tiles: 16 rows each, of a thread block.
+        tokens: of a thread block, a multiple of 8.
+        warps: of a thread block, between which the columns are shared.
+        chunks: of 32 columns, that a warp asks for at once.
+    """
+
+    tiles: int
+    tokens: int
+    warps: int
+    chunks: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of a thread block."""
+        return 16 * self.tiles
+
+
+def takes(blocks: Blocks, x: Tensor) -> bool:
+    """Whether this kernel computes it: bfloat16 or float16, blocks of 32 columns or more."""
+    narrow = x.dtype in (torch.bfloat16, torch.float16)
+    fits = not blocks.dense and blocks.block[1] >= 32 and len(x) <= MOST_TOKENS
+    return narrow and fits and available()
+
+
+def plan(blocks: Blocks, tokens: int) -> Plan:
+    """What was fastest on an H100 for weights like this one."""
+    height, width = blocks.block
+    mean = len(blocks.columns) * (width // 32) * height // blocks.rows  # chunks of a row
+    wide = 8 if tokens <= 8 else 16 if tokens <= 16 else 32
+    if mean <= 16:
+        return Plan(1, wide, 8, 4)
+    return Plan(2 if height >= 32 else 1, 8, 16, 1) if tokens <= 8 else Plan(1, wide, 8, 1)
+
+
+def linear(
+    blocks: Blocks, x: Tensor, bias: Tensor | None, activation: int, how: Plan | None = None
+) -> Tensor:
+    """Gives y (tokens, rows) of x (tokens, channels), contiguous; bias float32."""
+    how = how or plan(blocks, len(x))
+    y = x.new_empty(len(x), blocks.rows)
+    pointers = (blocks.values, blocks.starts, blocks.columns, x, bias, y)
+    addresses = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in pointers]
+    numbers = map(ctypes.c_int, (len(x), blocks.channels, blocks.rows, activation))
+    kernel = function("few.cu", "few", x.device.index, _defines(how, blocks.block, x.dtype))
+    grid = (blocks.rows // how.rows, -(-len(x) // how.tokens))
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    with torch.cuda.device(x.device):
+        kernel.launch(grid, 32 * how.warps, [*addresses, *numbers], stream)
+    return y
+
+
+@lru_cache(maxsize=256)
+def _defines(how: Plan, block: tuple[int, int], dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
+    return (
+        ("MT", how.tiles),
+        ("NT", how.tokens // 8),
+        ("WARPS", how.warps),
+        ("U", how.chunks),
+        ("BR", block[0]),
+        ("BC", block[1]),
+        ("BF16", int(dtype is torch.bfloat16)),
+    )

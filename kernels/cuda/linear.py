@@ -1,0 +1,77 @@
+"""`torch.ops.sparse_nas.sparse_linear` on a GPU: which kernel takes it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels.calls import activation_code
+from kernels.cuda import blob, entries, few
+from kernels.reference import activate
+
+
+def run(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, activation: str = "none"
+) -> Tensor:
+    """See `kernels.sparse_linear.op`; the weight was packed on a GPU, x has its dtype.
+
+    Raises:
+        ValueError: the weight is malformed or does not fit, or an argument has another dtype,
+            shape or device.
+    """
+    code = activation_code("sparse_linear", activation)
+    blocks = blob.read(weight)
+    _check(x, blocks, bias, out_features)
+    shape, tokens = (*x.shape[:-1], out_features), _aligned(x)
+    if not len(tokens):
+        return x.new_empty(shape)
+    kernel = chosen(blocks, tokens)
+    if kernel == "dense":
+        wide = None if bias is None else bias.to(x.dtype)
+        return activate(F.linear(tokens, blocks.values, wide), activation).view(shape)
+    wide = None if bias is None else bias.float()
+    return _module(kernel).linear(blocks, tokens, wide, code).view(shape)
+
+
+def chosen(blocks: blob.Blocks, tokens: Tensor) -> str:
+    """The kernel for x (tokens, channels): `few`, `many`, `entries` or `dense`."""
+    if blocks.dense:
+        return "entries" if entries.takes(blocks, tokens) else "dense"
+    return "few" if few.takes(blocks, tokens) else "many"
+
+
+def _module(kernel: str) -> Any:
+    if kernel == "many":
+        from kernels.cuda import many  # not at the top: Triton is imported only where it is needed
+
+        return many
+    return {"few": few, "entries": entries}[kernel]
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """Gives x as (tokens, channels), contiguous, from a multiple of 16 bytes on."""
+    tokens = x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
+    return tokens.clone() if tokens.data_ptr() % 16 else tokens
+
+
+def _check(x: Tensor, blocks: blob.Blocks, bias: Tensor | None, out_features: int) -> None:
+    shape, stored = (blocks.rows, blocks.channels), blocks.values.dtype
+    if not x.dim() or (out_features, x.shape[-1]) != shape:
+        raise ValueError(
+            f"sparse_linear: the weight was packed as {shape}; it does not fit x "
+            f"{tuple(x.shape)}, out_features={out_features}"
+        )
+    if x.dtype is not stored or x.device != blocks.values.device:
+        raise ValueError(
+            f"sparse_linear: x must be {stored} on {blocks.values.device} as the packed weight, "
+            f"got {x.dtype} on {x.device}"
+        )
+    if bias is None:
+        return
+    fits = bias.dtype in (torch.float32, stored) and bias.shape == (blocks.rows,)
+    if not fits or bias.device != x.device or not bias.is_contiguous():
+        raise ValueError(
+            f"sparse_linear: bias must be contiguous float32 or {stored} ({blocks.rows},) on "
+            f"{x.device}, got {bias.dtype} {tuple(bias.shape)} on {bias.device}"
+        )

@@ -1,0 +1,145 @@
+"""Sparse linear of many tokens, in Triton: a program takes a row of blocks and some tokens."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kernels.cuda.blob import Blocks
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the kernel is compiled.
+
+    Attributes:
+        tokens: of a program.
+        turned: whether rows of the weight, not tokens, are the rows of the product.
+        group: tokens' tiles that run side by side, so that x is read once from memory.
+        warps: of a program.
+        stages: steps that are under way at once.
+        step: columns of a block that are multiplied at once.
+        bulk: whether tiles are brought by the copy engine (compute capability 9.0 and newer).
+    """
+
+    tokens: int
+    turned: bool
+    group: int
+    warps: int
+    stages: int
+    step: int
+    bulk: bool
+
+
+def plan(blocks: Blocks, x: Tensor) -> Plan:
+    """What was fastest on an H100 for blocks of this height."""
+    bulk = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
+    wide, step = x.element_size() > 2, min(64, blocks.block[1])
+    if blocks.block[0] >= 128:
+        how = (8, 2) if wide else (4, 3)
+        return Plan(128 if len(x) > 64 else 64, False, 8, *how, step, bulk)
+    tokens = 256 if len(x) > 128 and not wide else 128 if len(x) > 64 else 64
+    return Plan(tokens, True, 2 if len(x) > 4096 else 4, 4, 2, step, bulk)
+
+
+def linear(
+    blocks: Blocks, x: Tensor, bias: Tensor | None, activation: int, how: Plan | None = None
+) -> Tensor:
+    """Gives y (tokens, rows) of x (tokens, channels), contiguous; bias float32."""
+    how = how or plan(blocks, x)
+    y = x.new_empty(len(x), blocks.rows)
+    height, width = blocks.block
+    tiles, lines = triton.cdiv(len(x), how.tokens), blocks.rows // height
+    flat = blocks.values.view(-1, width)
+    given: tuple[Any, Any] = (x, flat)
+    to: Any = y
+    if how.bulk:
+        given = (
+            TensorDescriptor.from_tensor(x, [how.tokens, how.step]),
+            TensorDescriptor.from_tensor(flat, [height, how.step]),
+        )
+        to = TensorDescriptor.from_tensor(y, [how.tokens, height])
+    _linear[(tiles * lines,)](
+        *given, blocks.starts, blocks.columns, bias if bias is not None else blocks.starts, to,
+        len(x), blocks.channels, blocks.rows,
+        HEIGHT=height, WIDTH=width, STEP=how.step, STEPS=width // how.step,
+        TOKENS=how.tokens, TURNED=how.turned, GROUP=how.group,
+        BULK=how.bulk, BIAS=bias is not None, ACTIVATION=activation,
+        PRECISION="ieee" if x.dtype is torch.float32 else "tf32", OUT=_TYPES[x.dtype],
+        num_warps=how.warps, num_stages=how.stages,
+    )  # fmt: skip
+    return y
+
+
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@triton.jit
+def _activated(v, KIND: tl.constexpr):
+    if KIND == 1 or KIND == 2:
+        v = tl.where(v < 0, 0.0, v)
+    if KIND == 2:
+        v = tl.where(v > 6, 6.0, v)
+    if KIND == 3:
+        v = v / (1 + tl.exp(-v))
+    if KIND == 4:
+        v = 0.5 * v * (1 + tl.erf(v * 0.7071067811865476))
+    return v
+
+
+@triton.jit
+def _linear(
+    x, values, starts, columns, bias, y,
+    tokens, channels, rows,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr,
+    TOKENS: tl.constexpr, TURNED: tl.constexpr, GROUP: tl.constexpr, BULK: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr, OUT: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    lines = rows // HEIGHT
+    tiles = tl.cdiv(tokens, TOKENS)
+    first = program // (GROUP * lines) * GROUP
+    side = tl.minimum(tiles - first, GROUP)
+    tile = first + program % (GROUP * lines) % side
+    line = program % (GROUP * lines) // side
+    token = tile * TOKENS + tl.arange(0, TOKENS)
+    row = line * HEIGHT + tl.arange(0, HEIGHT)
+    column = tl.arange(0, STEP)
+    if TURNED:
+        total = tl.zeros([HEIGHT, TOKENS], tl.float32)
+    else:
+        total = tl.zeros([TOKENS, HEIGHT], tl.float32)
+    begin, end = tl.load(starts + line), tl.load(starts + line + 1)
+    next_at = tl.load(columns + begin, mask=begin < end, other=0)
+    for i in range(begin * STEPS, end * STEPS):
+        block, side = i // STEPS, i % STEPS * STEP
+        at = next_at * WIDTH + side
+        # asked for a step ahead: what it brings waits for it
+        next_at = tl.load(columns + tl.minimum((i + 1) // STEPS, end - 1))
+        if BULK:
+            w = values.load([block * HEIGHT, side])
+            part = x.load([tile * TOKENS, at])
+        else:
+            place = block.to(tl.int64) * HEIGHT * WIDTH + side
+            w = tl.load(values + place + tl.arange(0, HEIGHT)[:, None] * WIDTH + column[None, :])
+            here = x + token.to(tl.int64)[:, None] * channels + at + column[None, :]
+            part = tl.load(here, mask=token[:, None] < tokens, other=0.0)
+        if TURNED:
+            total = tl.dot(w, part.T, total, input_precision=PRECISION)
+        else:
+            total = tl.dot(part, w.T, total, input_precision=PRECISION)
+    if BIAS:
+        shift = tl.load(bias + row).to(tl.float32)
+        total += shift[:, None] if TURNED else shift[None, :]
+    total = _activated(total, ACTIVATION).to(OUT)
+    if TURNED:
+        total = total.T
+    if BULK:
+        y.store([tile * TOKENS, line * HEIGHT], total)
+    else:
+        here = y + token.to(tl.int64)[:, None] * rows + row[None, :]
+        tl.store(here, total, mask=token[:, None] < tokens)

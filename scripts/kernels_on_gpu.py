@@ -26,7 +26,7 @@ ROUNDS, REPLAYS = 15, 4
 WRONG = 1e-2  # bfloat16 rounds to 4e-3
 HEAD = (
     f"{'tokens':>6} {'weight':>11} {'pattern':12} {'zeros':>5} {'us':>8} {'dense us':>8} "
-    f"{'ratio':>6} {'bsr us':>8} {'2:4 us':>8} {'csr us':>8} {'limit':>6} {'TB/s':>5} {'TFLOP/s':>7}"
+    f"{'ratio':>6} {'bsr us':>8} {'2:4 us':>8} {'csr us':>8} {'limit':>6} {'TB/s':>5} TFLOP/s"
 )
 
 
@@ -70,7 +70,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Card:
-    """What the card reached: a copy of 1 GiB, a product of 8192^3, and a kernel that does nothing."""
+    """What the card reached: a copy of 1 GiB, a product of 8192^3, a kernel that does nothing."""
 
     name: str
     copy_bytes_per_s: float
@@ -123,7 +123,7 @@ def _card() -> Card:
 def _measure(case: Case, card: Card) -> Row:
     weight = _weight(case)
     x = torch.randn(case.tokens, case.size, device="cuda").bfloat16()
-    begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begun, ended = _events()
     begun.record()
     packed = kernels.pack_linear(weight)
     ended.record()
@@ -191,7 +191,7 @@ def _product(weight: Tensor, x: Tensor) -> Tensor:
 
 
 def _in_turn(make: Make | None, weight: Tensor, x: Tensor, tokens: int) -> Any:
-    """A graph of calls on copies of the weight in turn, and how many; None: it does not run."""
+    """A graph of calls on copies of the weight in turn, how many, and the calls; or None."""
     if make is None:
         return None
     try:
@@ -200,7 +200,7 @@ def _in_turn(make: Make | None, weight: Tensor, x: Tensor, tokens: int) -> Any:
         kept = int(weight.count_nonzero()) * 2
         count = max(2, int(ROTATED / kept)) if tokens <= 64 else 1
         calls = [first, *(make(weight.clone()) for _ in range(count - 1))]
-        return _graph(calls), count
+        return _graph(calls), count, calls  # a graph reads the copies, so that they must live on
     except (RuntimeError, NotImplementedError, ValueError) as error:
         print(f"  left out: {str(error).splitlines()[0][:90]}")
         torch.cuda.synchronize()
@@ -208,7 +208,7 @@ def _in_turn(make: Make | None, weight: Tensor, x: Tensor, tokens: int) -> Any:
 
 
 def _graph(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
-    for call in calls[:2]:
+    for call in calls:
         call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -225,7 +225,7 @@ def _us(graphs: Sequence[torch.cuda.CUDAGraph]) -> list[float]:
     times: list[list[float]] = [[] for _ in graphs]
     for _ in range(ROUNDS):
         for series, graph in zip(times, graphs, strict=True):
-            begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begun, ended = _events()
             begun.record()
             for _ in range(REPLAYS):
                 graph.replay()
@@ -233,6 +233,11 @@ def _us(graphs: Sequence[torch.cuda.CUDAGraph]) -> list[float]:
             ended.synchronize()
             series.append(begun.elapsed_time(ended) * 1e3 / REPLAYS)
     return [statistics.median(series) for series in times]
+
+
+def _events() -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    event: Any = torch.cuda.Event
+    return event(enable_timing=True), event(enable_timing=True)
 
 
 def _line(row: Row) -> str:

@@ -138,12 +138,18 @@ def _block(weight: Tensor) -> tuple[int, int] | None:
     for height in SIZES:
         for width in SIZES:
             if weight.shape[0] % height == 0 and weight.shape[1] % width == 0:
-                grid = weight.unflatten(1, (-1, width)).unflatten(0, (-1, height))
-                stored[height, width] = int(grid.ne(0).any(3).any(1).sum()) * height * width
+                kept = _grid(weight, height, width).ne(0).any(3).any(2)
+                stored[height, width] = int(kept.sum()) * height * width
     least = min(stored.values(), default=weight.numel())
     if not weight.numel() or least > WORTH * weight.numel():
         return None
     return max(block for block, size in stored.items() if size <= 1.1 * least)
+
+
+def _grid(weight: Tensor, height: int, width: int) -> Tensor:
+    """The blocks: (rows of blocks, columns of blocks, height, width)."""
+    rows, channels = weight.shape
+    return weight.reshape(rows // height, height, channels // width, width).transpose(1, 2)
 
 
 def _write(weight: Tensor, block: tuple[int, int] | None) -> Tensor:
@@ -153,8 +159,8 @@ def _write(weight: Tensor, block: tuple[int, int] | None) -> Tensor:
     if block is None and _has_entries(weight):
         (starts, columns), kind = _entries(values), ENTRIES
     elif block is not None:
-        grid = weight.unflatten(1, (-1, block[1])).unflatten(0, (-1, block[0])).transpose(1, 2)
-        kept = grid.ne(0).flatten(2).any(2)
+        grid = _grid(weight, *block)
+        kept = grid.ne(0).any(3).any(2)
         starts = torch.cat([kept.new_zeros(1).int(), kept.sum(1).cumsum(0).int()])
         columns, values = kept.nonzero()[:, 1].int(), grid[kept].contiguous()
     head = np.zeros((), HEADER)

@@ -97,7 +97,8 @@ def function(
 
 def most_shared(device: int) -> int:
     """Bytes of shared memory that a thread block may ask for, a little kept for what is static."""
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin) - _STATIC
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin) - _STATIC
 
 
 def available() -> bool:

@@ -4,22 +4,22 @@
 // shared memory, tokens of a column beside each other, so that one load serves all of them. Sums of lanes are added in
 // a fixed order: bit-equal in every run.
 //
-// Given: T (1, 2 or 4 tokens), WARPS, U (loads of four entries that a lane asks for at once), BF16.
+// Given: COUNT (1, 2 or 4 tokens), WARPS, U (loads of four entries that a lane asks for at once), BF16.
 
 #include "common.cuh"
 
-#if T == 1
+#if COUNT == 1
 typedef float Tokens;
-DEVICE void add(float (&sum)[T], float w, Tokens x) { sum[0] += w * x; }
-#elif T == 2
+DEVICE void add(float (&sum)[COUNT], float w, Tokens x) { sum[0] += w * x; }
+#elif COUNT == 2
 typedef u32 Tokens;
-DEVICE void add(float (&sum)[T], float w, Tokens x) {
+DEVICE void add(float (&sum)[COUNT], float w, Tokens x) {
   sum[0] += w * widened(x & 0xffff);
   sum[1] += w * widened(x >> 16);
 }
 #else
 typedef uint2 Tokens;
-DEVICE void add(float (&sum)[T], float w, Tokens x) {
+DEVICE void add(float (&sum)[COUNT], float w, Tokens x) {
   sum[0] += w * widened(x.x & 0xffff);
   sum[1] += w * widened(x.x >> 16);
   sum[2] += w * widened(x.y & 0xffff);
@@ -27,7 +27,7 @@ DEVICE void add(float (&sum)[T], float w, Tokens x) {
 }
 #endif
 
-DEVICE void add_entry(float (&sum)[T], u32 entry, const Tokens* x) { add(sum, widened(entry >> 16), x[entry & 0xffff]); }
+DEVICE void add_entry(float (&sum)[COUNT], u32 entry, const Tokens* x) { add(sum, widened(entry >> 16), x[entry & 0xffff]); }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
 entries(const u32* list, const int* starts, const u16* x, const float* bias, u16* y, int tokens, int channels,
@@ -48,17 +48,17 @@ entries(const u32* list, const int* starts, const u16* x, const float* bias, u16
   ask();
   wait_for_input();
   for (int i = threadIdx.x; i < channels; i += 32 * WARPS) {
-#if T == 1
+#if COUNT == 1
     given[i] = widened(x[i]);
 #else
     u16* to = (u16*)(given + i);
 #pragma unroll
-    for (int t = 0; t < T; ++t) to[t] = t < tokens ? x[(long long)t * channels + i] : 0;
+    for (int t = 0; t < COUNT; ++t) to[t] = t < tokens ? x[(long long)t * channels + i] : 0;
 #endif
   }
   __syncthreads();
   for (int row = first; row < rows; row += step) {
-    float sum[T] = {};
+    float sum[COUNT] = {};
     while (true) {
       uint4 now[U];
 #pragma unroll
@@ -77,7 +77,7 @@ entries(const u32* list, const int* starts, const u16* x, const float* bias, u16
       if (last) break;
     }
 #pragma unroll
-    for (int t = 0; t < T; ++t) {
+    for (int t = 0; t < COUNT; ++t) {
 #pragma unroll
       for (int far = 16; far; far /= 2) sum[t] += __shfl_xor_sync(0xffffffffu, sum[t], far);
       if (lane == 0 && t < tokens)

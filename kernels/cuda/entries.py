@@ -47,7 +47,7 @@ def linear(
     ]
     numbers = map(ctypes.c_int, (len(x), blocks.channels, blocks.rows, activation))
     narrow = ("BF16", int(x.dtype is torch.bfloat16))
-    defines = (("T", width), ("WARPS", how.warps), ("U", how.loads), narrow)
+    defines = (("COUNT", width), ("WARPS", how.warps), ("U", how.loads), narrow)
     kernel = function("entries.cu", "entries", x.device.index, defines)
     grid = (-(-blocks.rows // (how.warps * how.rounds)), 1)
     stream = torch.cuda.current_stream(x.device).cuda_stream

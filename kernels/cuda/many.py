@@ -96,7 +96,8 @@ def _linear(
     x, values, starts, columns, bias, y,
     tokens, channels, rows,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr,
-    TOKENS: tl.constexpr, TURNED: tl.constexpr, GROUP: tl.constexpr, BULK: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    TOKENS: tl.constexpr, TURNED: tl.constexpr, GROUP: tl.constexpr,
+    BULK: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)

@@ -150,7 +150,7 @@ def test_what_does_not_fit_is_named() -> None:
     data, x = kernels.pack_linear(weight).data, torch.randn(2, 96, device="cuda").bfloat16()
     with pytest.raises(ValueError, match=r"packed as \(64, 96\)"):
         linear(x[:, :64], data, None, 64)
-    with pytest.raises(ValueError, match="x must be torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"x must be torch\.bfloat16"):
         linear(x.half(), data, None, 64)
     with pytest.raises(ValueError, match="bias must be contiguous float32"):
         linear(x, data, torch.ones(3, device="cuda"), 64)

@@ -20,12 +20,23 @@ SIZES = (128, 64, 32, 16)  # rows or columns of a block
 WORTH = 0.7  # a weight of which more would be stored in blocks is kept dense
 SPARSE = 0.35  # kept of a dense weight, up to which its entries are stored beside it
 _MAGIC = b"SNBLOCKS"
-_INTS = ("rows", "channels", "block_rows", "block_columns", "blocks", "nonzeros", "dtype", "kind")
-_SECTIONS = ("starts", "columns", "values")
+_INTS = (
+    "rows",
+    "channels",
+    "block_rows",
+    "block_columns",
+    "blocks",
+    "nonzeros",
+    "dtype",
+    "kind",
+    "kept",
+    "spare",
+)
+_SECTIONS = ("starts", "columns", "values", "masks", "tiles", "kept")
 HEADER = np.dtype(
     [("magic", "S8"), ("version", "<i4"), ("crc", "<u4"), ("bytes", "<i8")]
     + [(name, "<i4") for name in _INTS]
-    + [(name, "<i8") for name in _SECTIONS]
+    + [(f"at_{name}", "<i8") for name in _SECTIONS]
 )
 _SPACE = 128  # the header and what follows it; sections begin at multiples of this
 
@@ -44,6 +55,11 @@ class Blocks:
             (entries,): a column below, the bits of a value of 16 bits above.
         values: (blocks, block rows, block columns), or (rows, channels) of a dense weight.
         dense: whether the whole weight is stored, perhaps with its entries.
+        masks: (tiles, 32) int16, or empty: of tiles of 16 rows and 32 columns, row of tiles by row,
+            what each lane of a warp keeps of its weights: of rows lane / 4 and eight further, the
+            eight columns from lane % 4 * 8 on.
+        tiles: (tiles + 1,) int32, where the weights of each tile begin, a multiple of 8.
+        kept: those weights, tile by tile and lane by lane, zeros behind them.
     """
 
     rows: int
@@ -53,6 +69,9 @@ class Blocks:
     columns: Tensor
     values: Tensor
     dense: bool
+    masks: Tensor
+    tiles: Tensor
+    kept: Tensor
 
     @property
     def has_entries(self) -> bool:
@@ -154,24 +173,29 @@ def _grid(weight: Tensor, height: int, width: int) -> Tensor:
 
 def _write(weight: Tensor, block: tuple[int, int] | None) -> Tensor:
     rows, channels = weight.shape
-    starts = columns = torch.zeros(0, dtype=torch.int32, device=weight.device)
+    starts = columns = tiles = torch.zeros(0, dtype=torch.int32, device=weight.device)
+    masks, kept = starts.short(), weight.new_zeros(0)
     values, kind = weight.contiguous(), DENSE if block is None else BLOCKS
     if block is None and _has_entries(weight):
         (starts, columns), kind = _entries(values), ENTRIES
+        if rows % 16 == 0 and channels % 32 == 0:
+            masks, tiles, kept = _tiles(values)
     elif block is not None:
         grid = _grid(weight, *block)
-        kept = grid.ne(0).any(3).any(2)
-        starts = torch.cat([kept.new_zeros(1).int(), kept.sum(1).cumsum(0).int()])
-        columns, values = kept.nonzero()[:, 1].int(), grid[kept].contiguous()
+        full = grid.ne(0).any(3).any(2)
+        starts = torch.cat([starts.new_zeros(1), full.sum(1).cumsum(0).int()])
+        columns, values = full.nonzero()[:, 1].int(), grid[full].contiguous()
     head = np.zeros((), HEADER)
     head["magic"], head["version"], head["kind"] = _MAGIC, VERSION, kind
     head["rows"], head["channels"], head["dtype"] = rows, channels, DTYPES[weight.dtype]
     head["block_rows"], head["block_columns"] = block or (rows, channels)
     head["blocks"], head["nonzeros"] = len(columns), int(weight.count_nonzero())
-    offsets, head["bytes"] = _offsets([4 * len(starts), 4 * len(columns), values.nbytes])
+    head["kept"] = len(kept)
+    parts = (starts, columns, values, masks, tiles, kept)
+    offsets, head["bytes"] = _offsets([part.nbytes for part in parts])
     raw = torch.zeros(int(head["bytes"]), dtype=torch.uint8, device=weight.device)
-    for name, offset, part in zip(_SECTIONS, offsets, (starts, columns, values), strict=True):
-        head[name] = offset
+    for name, offset, part in zip(_SECTIONS, offsets, parts, strict=True):
+        head[f"at_{name}"] = offset
         raw[offset : offset + part.nbytes] = part.view(torch.uint8).flatten()
     head["crc"] = _checksum(raw.cpu().numpy())
     raw[: HEADER.itemsize] = torch.from_numpy(head.reshape(1).view(np.uint8)).to(raw.device)
@@ -195,6 +219,24 @@ def _entries(weight: Tensor) -> tuple[Tensor, Tensor]:
     bits = weight[row, column].view(torch.int16).int()
     held[place] = column.int() | (bits << 16)
     return starts.int(), held
+
+
+def _tiles(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Masks, starts and weights of tiles of 16 rows and 32 columns; see `Blocks`."""
+    rows, channels = weight.shape
+    lanes = weight.view(rows // 16, 2, 8, channels // 32, 4, 8).permute(0, 3, 2, 4, 1, 5)
+    lanes = lanes.reshape(-1, 32, 16)
+    full = lanes.ne(0)
+    bits = 1 << torch.arange(16, device=weight.device, dtype=torch.int32)
+    masks = (full * bits).sum(2, dtype=torch.int32).to(torch.int16)
+    counts = full.flatten(1).sum(1)
+    starts = torch.cat([counts.new_zeros(1), ((counts + 7) // 8 * 8).cumsum(0)])
+    ends = counts.cumsum(0)
+    tile = torch.repeat_interleave(torch.arange(len(counts), device=weight.device), counts)
+    place = starts[tile] + torch.arange(len(tile), device=weight.device) - (ends - counts)[tile]
+    kept = weight.new_zeros(int(starts[-1]))
+    kept[place] = lanes[full]
+    return masks, starts.int(), kept
 
 
 def _offsets(sizes: list[int]) -> tuple[list[int], int]:
@@ -228,10 +270,10 @@ def _parse(data: Tensor) -> Blocks:
     fits = data.dtype is torch.uint8 and data.dim() == 1 and data.is_contiguous()
     _rule(fits, "data", "contiguous (n,) uint8", f"{tuple(data.shape)} {data.dtype}")
     head = _head(data[:_SPACE].cpu().numpy())
-    rows, channels, height, width, count, _, dtype, kind = (int(head[name]) for name in _INTS)
+    rows, channels, height, width, count, _, dtype, kind, kept, _ = (int(head[n]) for n in _INTS)
     _rule(kind in (DENSE, BLOCKS, ENTRIES), "kind", "0, 1 or 2", kind)
     _rule(dtype in DTYPES.values(), "dtype", "0, 1 or 2", dtype)
-    _rule(min(rows, channels, count) >= 0, "shape", "non-negative", (rows, channels, count))
+    _rule(min(rows, channels, count, kept) >= 0, "shape", "non-negative", (rows, channels, count))
     if kind == BLOCKS:
         whole = {height, width} <= set(SIZES) and rows % height == 0 and channels % width == 0
         _rule(whole, "block", f"of {SIZES}, a divisor of {(rows, channels)}", (height, width))
@@ -242,38 +284,56 @@ def _parse(data: Tensor) -> Blocks:
     _rule(kind != DENSE or count == 0, "entries", "none", count)
     _rule(kind != ENTRIES or stored.itemsize == 2, "dtype of entries", "of 2 bytes", stored)
     size = count * height * width if kind == BLOCKS else rows * channels
+    tiled = kind == ENTRIES and rows % 16 == 0 and channels % 32 == 0
+    tiles = rows * channels // 512 if tiled else 0
+    _rule(tiled or kept == 0, "kept", "none", kept)
     lengths = [4 * lines, 4 * count, size * stored.itemsize]
+    lengths += [64 * tiles, 4 * (tiles + tiled), kept * stored.itemsize]
     offsets, end = _offsets(lengths)
-    _rule([int(head[n]) for n in _SECTIONS] == offsets, "sections", f"at {offsets}", "others")
+    _rule(
+        [int(head[f"at_{n}"]) for n in _SECTIONS] == offsets, "sections", f"at {offsets}", "others"
+    )
     _rule(int(head["bytes"]) == end == len(data), "bytes", str(end), (head["bytes"], len(data)))
     parts = [data[o : o + n] for o, n in zip(offsets, lengths, strict=True)]
     starts, columns = (part.view(torch.int32) for part in parts[:2])
     values = parts[2].view(stored)
     whole = kind != BLOCKS
     values = values.view(rows, channels) if whole else values.view(count, height, width)
-    found = Blocks(rows, channels, (height, width), starts, columns, values, whole)
+    masks, places = parts[3].view(torch.int16).view(tiles, 32), parts[4].view(torch.int32)
+    shape = (rows, channels, (height, width))
+    tail = (masks, places, parts[5].view(stored))
+    found = Blocks(*shape, starts, columns, values, whole, *tail)
     _check_index(found)
     return found
 
 
 def _check_index(blocks: Blocks) -> None:
-    starts, columns, count = blocks.starts, blocks.columns, len(blocks.columns)
-    if not len(starts):
+    if not len(blocks.starts):
         return
-    steps = starts.diff()
-    whole = bool((starts[0] == 0) & (starts[-1] == count) & (steps >= 0).all())
-    _rule(whole, "starts", f"ascending from 0 to {count}", starts.tolist()[:4])
+    width, every = blocks.channels // blocks.block[1], 1
+    column = blocks.columns
     if blocks.has_entries:
-        _rule(not bool((starts % 4).any()), "starts", "multiples of 4", starts.tolist()[:4])
-    width = blocks.channels if blocks.has_entries else blocks.channels // blocks.block[1]
-    column = columns & 0xFFFF if blocks.has_entries else columns
-    _rule(
-        not bool(((column < 0) | (column >= width)).any()), "columns", f"in [0, {width})", "others"
-    )
+        width, every, column = blocks.channels, 4, column & 0xFFFF
+    _check_starts("starts", blocks.starts, len(column), every)
+    inside = bool(((column >= 0) & (column < width)).all())
+    _rule(inside, "columns", f"in [0, {width})", "others")
     if not blocks.has_entries:
-        row = torch.repeat_interleave(torch.arange(len(steps), device=steps.device), steps)
-        ascending = bool(((columns.diff() > 0) | (row.diff() > 0)).all())
+        counts = blocks.starts.diff()
+        row = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+        ascending = bool(((column.diff() > 0) | (row.diff() > 0)).all())
         _rule(ascending, "columns", "ascending in each row", "others")
+    if len(blocks.tiles):
+        _check_starts("tiles", blocks.tiles, len(blocks.kept), 8)
+        bits = torch.arange(16, device=column.device, dtype=torch.int32)
+        counts = (blocks.masks.int()[:, :, None] >> bits & 1).flatten(1).sum(1)
+        fits = bool(((counts + 7) // 8 * 8 == blocks.tiles.diff()).all())
+        _rule(fits, "tiles", "as long as their masks say", "others")
+
+
+def _check_starts(name: str, starts: Tensor, count: int, every: int) -> None:
+    ascending = (starts[0] == 0) & (starts[-1] == count) & (starts.diff() >= 0).all()
+    whole = bool(ascending & (starts % every == 0).all())
+    _rule(whole, name, f"ascending from 0 to {count} by multiples of {every}", starts.tolist()[:4])
 
 
 def _meta(data: Tensor, pattern: str) -> dict[str, Any]:

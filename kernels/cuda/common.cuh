@@ -51,3 +51,36 @@ DEVICE void let_next_begin() {
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
+
+// --- products by mma, warps that share the columns
+#ifdef MT
+
+DEVICE void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." KIND "." KIND ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+               "{%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// sums of all warps, added in their order; part: shared memory for them
+constexpr int ROWS = 16 * MT, PITCH = ROWS + 4;
+DEVICE void add_warps(float (*part)[8 * NT][PITCH], const float (&sum)[MT][NT][4], const float* bias, u16* y, int row,
+                      int first_token, int tokens, int rows, int activation) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = lane / 4, quad = lane % 4;
+#pragma unroll
+  for (int m = 0; m < MT; ++m)
+#pragma unroll
+    for (int n = 0; n < NT; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) part[warp][n * 8 + quad * 2 + i % 2][m * 16 + group + 8 * (i / 2)] = sum[m][n][i];
+  __syncthreads();
+  for (int i = threadIdx.x; i < ROWS * 8 * NT; i += 32 * WARPS) {
+    const int r = i % ROWS, t = i / ROWS;
+    if (first_token + t >= tokens) continue;
+    float total = bias ? bias[row + r] : 0.f;
+#pragma unroll
+    for (int k = 0; k < WARPS; ++k) total += part[k][t][r];
+    y[(long long)(first_token + t) * rows + row + r] = rounded(activate(total, activation));
+  }
+}
+#endif

@@ -14,16 +14,10 @@ DEVICE uint4 load_tokens(const u16* p) {
   asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
   return v;
 }
-DEVICE void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." KIND "." KIND ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-               "{%8, %9}, {%0, %1, %2, %3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
 few(const u16* values, const int* starts, const int* columns, const u16* x, const float* bias, u16* y, int tokens,
     int channels, int rows, int activation) {
-  constexpr int ROWS = 16 * MT, PITCH = ROWS + 4, PER_BLOCK = BC / 32;
+  constexpr int PER_BLOCK = BC / 32;
   __shared__ float part[WARPS][8 * NT][PITCH];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = lane / 4, quad = lane % 4;
   const int row = blockIdx.x * ROWS, first_token = blockIdx.y * 8 * NT;
@@ -69,19 +63,5 @@ few(const u16* values, const int* starts, const int* columns, const u16* x, cons
         }
   }
   if (!waited) wait_for_input();
-#pragma unroll
-  for (int m = 0; m < MT; ++m)
-#pragma unroll
-    for (int n = 0; n < NT; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) part[warp][n * 8 + quad * 2 + i % 2][m * 16 + group + 8 * (i / 2)] = sum[m][n][i];
-  __syncthreads();
-  for (int i = threadIdx.x; i < ROWS * 8 * NT; i += 32 * WARPS) {
-    const int r = i % ROWS, t = i / ROWS;
-    if (first_token + t >= tokens) continue;
-    float total = bias ? bias[row + r] : 0.f;
-#pragma unroll
-    for (int k = 0; k < WARPS; ++k) total += part[k][t][r];
-    y[(long long)(first_token + t) * rows + row + r] = rounded(activate(total, activation));
-  }
+  add_warps(part, sum, bias, y, row, first_token, tokens, rows, activation);
 }

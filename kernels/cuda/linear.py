@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.calls import activation_code
-from kernels.cuda import blob, entries, few
+from kernels.cuda import blob, entries, expand, few
 from kernels.reference import activate
 
 
@@ -35,9 +35,11 @@ def run(
 
 
 def chosen(blocks: blob.Blocks, tokens: Tensor) -> str:
-    """The kernel for x (tokens, channels): `few`, `many`, `entries` or `dense`."""
+    """The kernel for x (tokens, channels): a module here, or `dense`."""
     if blocks.dense:
-        return "entries" if entries.takes(blocks, tokens) else "dense"
+        if entries.takes(blocks, tokens):
+            return "entries"
+        return "expand" if expand.takes(blocks, tokens) else "dense"
     return "few" if few.takes(blocks, tokens) else "many"
 
 
@@ -46,7 +48,7 @@ def _module(kernel: str) -> Any:
         from kernels.cuda import many  # not at the top: Triton is imported only where it is needed
 
         return many
-    return {"few": few, "entries": entries}[kernel]
+    return {"few": few, "entries": entries, "expand": expand}[kernel]
 
 
 def _aligned(x: Tensor) -> Tensor:

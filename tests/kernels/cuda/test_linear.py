@@ -83,8 +83,8 @@ def test_odd_inputs() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(300, 1000), (4097, 260), (64, 9000)])
-@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("shape", [(300, 1000), (4097, 260), (64, 9000), (96, 1056), (2048, 4096)])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 9, 32, 40])
 def test_zeros_anywhere(tokens: int, shape: tuple[int, int], dtype: torch.dtype) -> None:
     weight = masked(*shape, (1, 1), 0.15, dtype)
     weight[5:9] = 0

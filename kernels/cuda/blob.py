@@ -32,7 +32,7 @@ _INTS = (
     "kept",
     "spare",
 )
-_SECTIONS = ("starts", "columns", "values", "masks", "tiles", "kept")
+_SECTIONS = ("starts", "columns", "values", "tiles", "kept")
 HEADER = np.dtype(
     [("magic", "S8"), ("version", "<i4"), ("crc", "<u4"), ("bytes", "<i8")]
     + [(name, "<i4") for name in _INTS]
@@ -55,11 +55,10 @@ class Blocks:
             (entries,): a column below, the bits of a value of 16 bits above.
         values: (blocks, block rows, block columns), or (rows, channels) of a dense weight.
         dense: whether the whole weight is stored, perhaps with its entries.
-        masks: (tiles, 32) int16, or empty: of tiles of 16 rows and 32 columns, row of tiles by row,
-            what each lane of a warp keeps of its weights: of rows lane / 4 and eight further, the
-            eight columns from lane % 4 * 8 on.
-        tiles: (tiles + 1,) int32, where the weights of each tile begin, a multiple of 8.
-        kept: those weights, tile by tile and lane by lane, zeros behind them.
+        tiles: (tiles + 1,) int32, or empty: where the entries begin of each tile of 16 rows and 32
+            columns, a row of tiles after another.
+        kept: (entries,) int32, those of all tiles: a place below, twice what `_tiles` counts, and
+            the bits of a value above.
     """
 
     rows: int
@@ -69,7 +68,6 @@ class Blocks:
     columns: Tensor
     values: Tensor
     dense: bool
-    masks: Tensor
     tiles: Tensor
     kept: Tensor
 
@@ -173,13 +171,12 @@ def _grid(weight: Tensor, height: int, width: int) -> Tensor:
 
 def _write(weight: Tensor, block: tuple[int, int] | None) -> Tensor:
     rows, channels = weight.shape
-    starts = columns = tiles = torch.zeros(0, dtype=torch.int32, device=weight.device)
-    masks, kept = starts.short(), weight.new_zeros(0)
+    starts = columns = tiles = kept = torch.zeros(0, dtype=torch.int32, device=weight.device)
     values, kind = weight.contiguous(), DENSE if block is None else BLOCKS
     if block is None and _has_entries(weight):
         (starts, columns), kind = _entries(values), ENTRIES
         if rows % 16 == 0 and channels % 32 == 0:
-            masks, tiles, kept = _tiles(values)
+            tiles, kept = _tiles(values)
     elif block is not None:
         grid = _grid(weight, *block)
         full = grid.ne(0).any(3).any(2)
@@ -191,7 +188,7 @@ def _write(weight: Tensor, block: tuple[int, int] | None) -> Tensor:
     head["block_rows"], head["block_columns"] = block or (rows, channels)
     head["blocks"], head["nonzeros"] = len(columns), int(weight.count_nonzero())
     head["kept"] = len(kept)
-    parts = (starts, columns, values, masks, tiles, kept)
+    parts = (starts, columns, values, tiles, kept)
     offsets, head["bytes"] = _offsets([part.nbytes for part in parts])
     raw = torch.zeros(int(head["bytes"]), dtype=torch.uint8, device=weight.device)
     for name, offset, part in zip(_SECTIONS, offsets, parts, strict=True):
@@ -221,22 +218,20 @@ def _entries(weight: Tensor) -> tuple[Tensor, Tensor]:
     return starts.int(), held
 
 
-def _tiles(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Masks, starts and weights of tiles of 16 rows and 32 columns; see `Blocks`."""
+def _tiles(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Where tiles start, and their entries, in the order in which lanes of a warp multiply them.
+
+    Lane l takes the eight columns from l % 4 * 8 on of row l / 4, then of the row eight further.
+    """
     rows, channels = weight.shape
-    lanes = weight.view(rows // 16, 2, 8, channels // 32, 4, 8).permute(0, 3, 2, 4, 1, 5)
-    lanes = lanes.reshape(-1, 32, 16)
-    full = lanes.ne(0)
-    bits = 1 << torch.arange(16, device=weight.device, dtype=torch.int32)
-    masks = (full * bits).sum(2, dtype=torch.int32).to(torch.int16)
-    counts = full.flatten(1).sum(1)
-    starts = torch.cat([counts.new_zeros(1), ((counts + 7) // 8 * 8).cumsum(0)])
-    ends = counts.cumsum(0)
-    tile = torch.repeat_interleave(torch.arange(len(counts), device=weight.device), counts)
-    place = starts[tile] + torch.arange(len(tile), device=weight.device) - (ends - counts)[tile]
-    kept = weight.new_zeros(int(starts[-1]))
-    kept[place] = lanes[full]
-    return masks, starts.int(), kept
+    tiles = (
+        weight.view(rows // 16, 2, 8, channels // 32, 32).permute(0, 3, 1, 2, 4).reshape(-1, 512)
+    )
+    tile, place = tiles.nonzero(as_tuple=True)
+    counts = torch.bincount(tile, minlength=len(tiles))
+    bits = tiles[tile, place].view(torch.int16).int()
+    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return starts.int(), 2 * place.int() | (bits << 16)
 
 
 def _offsets(sizes: list[int]) -> tuple[list[int], int]:
@@ -288,7 +283,7 @@ def _parse(data: Tensor) -> Blocks:
     tiles = rows * channels // 512 if tiled else 0
     _rule(tiled or kept == 0, "kept", "none", kept)
     lengths = [4 * lines, 4 * count, size * stored.itemsize]
-    lengths += [64 * tiles, 4 * (tiles + tiled), kept * stored.itemsize]
+    lengths += [4 * (tiles + tiled), 4 * kept]
     offsets, end = _offsets(lengths)
     _rule(
         [int(head[f"at_{n}"]) for n in _SECTIONS] == offsets, "sections", f"at {offsets}", "others"
@@ -299,12 +294,10 @@ def _parse(data: Tensor) -> Blocks:
     values = parts[2].view(stored)
     whole = kind != BLOCKS
     values = values.view(rows, channels) if whole else values.view(count, height, width)
-    masks, places = parts[3].view(torch.int16).view(tiles, 32), parts[4].view(torch.int32)
-    shape = (rows, channels, (height, width))
-    tail = (masks, places, parts[5].view(stored))
-    found = Blocks(*shape, starts, columns, values, whole, *tail)
-    _check_index(found)
-    return found
+    tail = (parts[3].view(torch.int32), parts[4].view(torch.int32))
+    blocks = Blocks(rows, channels, (height, width), starts, columns, values, whole, *tail)
+    _check_index(blocks)
+    return blocks
 
 
 def _check_index(blocks: Blocks) -> None:
@@ -323,11 +316,10 @@ def _check_index(blocks: Blocks) -> None:
         ascending = bool(((column.diff() > 0) | (row.diff() > 0)).all())
         _rule(ascending, "columns", "ascending in each row", "others")
     if len(blocks.tiles):
-        _check_starts("tiles", blocks.tiles, len(blocks.kept), 8)
-        bits = torch.arange(16, device=column.device, dtype=torch.int32)
-        counts = (blocks.masks.int()[:, :, None] >> bits & 1).flatten(1).sum(1)
-        fits = bool(((counts + 7) // 8 * 8 == blocks.tiles.diff()).all())
-        _rule(fits, "tiles", "as long as their masks say", "others")
+        _check_starts("tiles", blocks.tiles, len(blocks.kept), 1)
+        place = blocks.kept & 0xFFFF
+        inside = bool(((place < 1024) & (place % 2 == 0)).all())
+        _rule(inside, "places", "even and less than 1024", "others")
 
 
 def _check_starts(name: str, starts: Tensor, count: int, every: int) -> None:

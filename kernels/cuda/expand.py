@@ -10,7 +10,7 @@ from kernels.cuda.blob import Blocks
 from kernels.cuda.driver import available, function
 
 MOST_TOKENS = 32
-_TILE = 1024  # bytes of a tile of weights without zeros
+_ROOM = 2 * 1040  # bytes in which a warp expands tiles
 _PROGRAMS = 128  # thread blocks at least, where there are rows enough
 
 
@@ -29,32 +29,32 @@ class Plan:
 
 def takes(blocks: Blocks, x: Tensor) -> bool:
     """Whether this kernel computes it: there are tiles, and tokens are few."""
-    return len(blocks.masks) > 0 and len(x) <= MOST_TOKENS and available()
+    return len(blocks.tiles) > 0 and len(x) <= MOST_TOKENS and available()
 
 
-def plan(blocks: Blocks) -> Plan:
+def plan(blocks: Blocks, tokens: int) -> Plan:
     """As many rows a thread block as leave enough of them: each reads all of x."""
-    tiles = blocks.rows // 16
-    most = (4, 2, 1)
-    return Plan(next(t for t in most if t == 1 or tiles % t == 0 and tiles // t >= _PROGRAMS), 16)
+    tiles, most = blocks.rows // 16, (4, 2) if tokens <= 16 else (2,)
+    enough = [t for t in most if tiles % t == 0 and tiles // t >= _PROGRAMS]
+    return Plan(enough[0] if enough else 1, 8 if tokens > 16 and tiles > 256 else 16)
 
 
 def linear(
     blocks: Blocks, x: Tensor, bias: Tensor | None, activation: int, how: Plan | None = None
 ) -> Tensor:
     """Gives y (tokens, rows) of x (tokens, channels), contiguous; bias float32."""
-    how, wide = how or plan(blocks), 1 if len(x) <= 8 else 2 if len(x) <= 16 else 4
+    how, wide = how or plan(blocks, len(x)), 1 if len(x) <= 8 else 2 if len(x) <= 16 else 4
     y = x.new_empty(len(x), blocks.rows)
     addresses = [
         ctypes.c_void_p(None if t is None else t.data_ptr())
-        for t in (blocks.masks, blocks.tiles, blocks.kept, x, bias, y)
+        for t in (blocks.kept, blocks.tiles, x, bias, y)
     ]
     numbers = map(ctypes.c_int, (len(x), blocks.channels, blocks.rows, activation))
     narrow = ("BF16", int(x.dtype is torch.bfloat16))
     defines = (("MT", how.tiles), ("NT", wide), ("WARPS", how.warps), narrow)
     kernel = function("expand.cu", "expand", x.device.index, defines)
     sums = 8 * wide * (16 * how.tiles + 4) * 4
-    shared = how.warps * max(2 * how.tiles * _TILE, sums)
+    shared = how.warps * max(_ROOM, sums)
     stream = torch.cuda.current_stream(x.device).cuda_stream
     with torch.cuda.device(x.device):
         grid = (blocks.rows // (16 * how.tiles), 1)

@@ -59,6 +59,7 @@ class Blocks:
             columns, a row of tiles after another.
         kept: (entries,) int32, those of all tiles: a place below, twice what `_tiles` counts, and
             the bits of a value above.
+        order: (rows / block rows,) int32, rows of blocks, those with most blocks first; not stored.
     """
 
     rows: int
@@ -70,6 +71,7 @@ class Blocks:
     dense: bool
     tiles: Tensor
     kept: Tensor
+    order: Tensor
 
     @property
     def has_entries(self) -> bool:
@@ -294,7 +296,8 @@ def _parse(data: Tensor) -> Blocks:
     values = parts[2].view(stored)
     whole = kind != BLOCKS
     values = values.view(rows, channels) if whole else values.view(count, height, width)
-    tail = (parts[3].view(torch.int32), parts[4].view(torch.int32))
+    order = starts.diff().argsort(descending=True, stable=True).int()
+    tail = (parts[3].view(torch.int32), parts[4].view(torch.int32), order)
     blocks = Blocks(rows, channels, (height, width), starts, columns, values, whole, *tail)
     _check_index(blocks)
     return blocks

@@ -64,7 +64,7 @@ def linear(
         )
         to = TensorDescriptor.from_tensor(y, [how.tokens, height])
     _linear[(tiles * lines,)](
-        *given, blocks.starts, blocks.columns, bias if bias is not None else blocks.starts, to,
+        *given, blocks.order, blocks.starts, blocks.columns, bias if bias is not None else blocks.starts, to,
         len(x), blocks.channels, blocks.rows,
         HEIGHT=height, WIDTH=width, STEP=how.step, STEPS=width // how.step,
         TOKENS=how.tokens, TURNED=how.turned, GROUP=how.group,
@@ -93,7 +93,7 @@ def _activated(v, KIND: tl.constexpr):
 
 @triton.jit
 def _linear(
-    x, values, starts, columns, bias, y,
+    x, values, order, starts, columns, bias, y,
     tokens, channels, rows,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr,
     TOKENS: tl.constexpr, TURNED: tl.constexpr, GROUP: tl.constexpr,
@@ -106,7 +106,8 @@ def _linear(
     first = program // (GROUP * lines) * GROUP
     side = tl.minimum(tiles - first, GROUP)
     tile = first + program % (GROUP * lines) % side
-    line = program % (GROUP * lines) // side
+    # the longest rows of blocks first, so that no long one is left at the end
+    line = tl.load(order + program % (GROUP * lines) // side)
     token = tile * TOKENS + tl.arange(0, TOKENS)
     row = line * HEIGHT + tl.arange(0, HEIGHT)
     column = tl.arange(0, STEP)

@@ -22,7 +22,7 @@ from kernels.cuda.linear import chosen
 Call = Callable[[], Tensor]
 Make = Callable[[Tensor], Call]  # from a copy of the masked weight
 ROTATED = 240e6  # bytes of copies of a weight that run in turn, so that each comes from memory
-ROUNDS, REPLAYS = 15, 4
+ROUNDS, REPLAYS = 11, 4
 WRONG = 1e-2  # bfloat16 rounds to 4e-3
 HEAD = (
     f"{'tokens':>6} {'weight':>11} {'pattern':12} {'zeros':>5} {'us':>8} {'dense us':>8} "

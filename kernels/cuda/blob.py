@@ -1,5 +1,6 @@
 """The bytes of a weight packed for a GPU: a header, an index of its blocks, and their values."""
 
+import warnings
 import zlib
 from dataclasses import dataclass
 from typing import Any
@@ -59,7 +60,9 @@ class Blocks:
             columns, a row of tiles after another.
         kept: (entries,) int32, those of all tiles: a place below, twice what `_tiles` counts, and
             the bits of a value above.
-        order: (rows / block rows,) int32, rows of blocks, those with most blocks first; not stored.
+        order: (rows / block rows,) int32, rows of blocks, longest first; made when read.
+        two_of_four: the weight as PyTorch's kernels want it where two of every four along a row
+            are kept at most and the whole is stored, or None; made when read.
     """
 
     rows: int
@@ -72,6 +75,7 @@ class Blocks:
     tiles: Tensor
     kept: Tensor
     order: Tensor
+    two_of_four: Tensor | None
 
     @property
     def has_entries(self) -> bool:
@@ -298,9 +302,23 @@ def _parse(data: Tensor) -> Blocks:
     values = values.view(rows, channels) if whole else values.view(count, height, width)
     order = starts.diff().argsort(descending=True, stable=True).int()
     tail = (parts[3].view(torch.int32), parts[4].view(torch.int32), order)
-    blocks = Blocks(rows, channels, (height, width), starts, columns, values, whole, *tail)
+    semi = _two_of_four(values) if whole else None
+    blocks = Blocks(rows, channels, (height, width), starts, columns, values, whole, *tail, semi)
     _check_index(blocks)
     return blocks
+
+
+def _two_of_four(weight: Tensor) -> Tensor | None:
+    """See `Blocks`; PyTorch wants bfloat16 or float16 on a GPU and multiples of 64."""
+    fits = weight.is_cuda and weight.itemsize == 2 and weight.numel()
+    if not fits or weight.shape[0] % 64 or weight.shape[1] % 64:
+        return None
+    if int(weight.ne(0).unflatten(1, (-1, 4)).sum(2).max()) > 2:  # type: ignore[no-untyped-call]
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch says that it is a prototype
+        semi: Tensor = torch.sparse.to_sparse_semi_structured(weight)
+    return semi
 
 
 def _check_index(blocks: Blocks) -> None:

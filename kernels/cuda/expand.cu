@@ -5,12 +5,11 @@
 // the next tiles are on their way. A thread block owns 16 * MT rows; its warps share the columns, and their sums are
 // added in the order of the warps: bit-equal in every run.
 //
-// Given: MT, NT (tokens / 8), WARPS, BF16.
+// Given: MT, NT (tokens / 8), WARPS, AHEAD (loads of 32 entries of a tile that are asked for ahead), BF16.
 
 #include "common.cuh"
 
-constexpr int TILE = 1024, DUMMY = TILE;   // bytes of a tile; where an entry goes that is none
-constexpr int ROOM = TILE + 16, AHEAD = 4;  // loads of entries that are asked for ahead
+constexpr int TILE = 1024, DUMMY = TILE, ROOM = TILE + 16;  // bytes of a tile; where an entry goes that is none
 
 DEVICE u32 load_entry(const u32* p) {
   u32 v;
@@ -49,18 +48,24 @@ expand(const u32* list, const int* starts, const u16* x, const float* bias, u16*
       }
   };
   float sum[MT][NT][4] = {};
-  uint4 in[NT], next_in[NT];
+  uint4 in[NT], next_in[NT], asked_in[NT];
   const auto load_x = [&](int chunk) {
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
       const int token = n * 8 + group;
       const u16* p = x + (long long)token * channels + chunk * 32 + quad * 8;
-      next_in[n] = token < tokens && chunk < last ? *(const uint4*)p : make_uint4(0, 0, 0, 0);
+      asked_in[n] = token < tokens && chunk < last ? *(const uint4*)p : make_uint4(0, 0, 0, 0);
     }
+  };
+  const auto move_x = [&]() {
+#pragma unroll
+    for (int n = 0; n < NT; ++n) in[n] = next_in[n], next_in[n] = asked_in[n];
   };
   if (first < last) look(first), ask();
   wait_for_input();
   load_x(first);
+  move_x();
+  load_x(first + 1);
   __syncwarp();
   for (int chunk = first; chunk < last; ++chunk) {
     u32 now[MT][AHEAD];
@@ -70,8 +75,8 @@ expand(const u32* list, const int* starts, const u16* x, const float* bias, u16*
 #pragma unroll
       for (int k = 0; k < AHEAD; ++k) now[m][k] = next[m][k];
     }
-#pragma unroll
-    for (int n = 0; n < NT; ++n) in[n] = next_in[n];
+    move_x();
+    load_x(chunk + 2);
     look(chunk + 1);
 #pragma unroll
     for (int m = 0; m < MT; ++m) {
@@ -83,7 +88,7 @@ expand(const u32* list, const int* starts, const u16* x, const float* bias, u16*
       uint4* mine = (uint4*)tile + lane;
       const uint4 low = mine[0], high = mine[32], none = make_uint4(0, 0, 0, 0);
       mine[0] = none, mine[32] = none;
-      if (m == 0) ask(), load_x(chunk + 1);
+      if (m == 0) ask();
 #pragma unroll
       for (int n = 0; n < NT; ++n) {
         multiply(sum[m][n], low.x, high.x, low.y, high.y, in[n].x, in[n].y);

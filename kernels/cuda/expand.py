@@ -2,6 +2,7 @@
 
 import ctypes
 from dataclasses import dataclass
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -21,10 +22,12 @@ class Plan:
     Attributes:
         tiles: 16 rows each, of a thread block.
         warps: of a thread block, between which the columns are shared.
+        ahead: loads of 32 entries of a tile that are asked for ahead; what is beyond waits.
     """
 
     tiles: int
     warps: int
+    ahead: int
 
 
 def takes(blocks: Blocks, x: Tensor) -> bool:
@@ -36,7 +39,10 @@ def plan(blocks: Blocks, tokens: int) -> Plan:
     """As many rows a thread block as leave enough of them: each reads all of x."""
     tiles, most = blocks.rows // 16, (4, 2) if tokens <= 16 else (2,)
     enough = [t for t in most if tiles % t == 0 and tiles // t >= _PROGRAMS]
-    return Plan(enough[0] if enough else 1, 8 if tokens > 16 and tiles > 256 else 16)
+    mean = 512 * len(blocks.kept) / max(1, blocks.rows * blocks.channels)
+    ahead = min(4, ceil((mean + 1.5 * mean**0.5) / 32))
+    warps = 8 if tokens > 16 and tiles > 256 else 16
+    return Plan(enough[0] if enough else 1, warps, max(1, ahead))
 
 
 def linear(
@@ -51,7 +57,7 @@ def linear(
     ]
     numbers = map(ctypes.c_int, (len(x), blocks.channels, blocks.rows, activation))
     narrow = ("BF16", int(x.dtype is torch.bfloat16))
-    defines = (("MT", how.tiles), ("NT", wide), ("WARPS", how.warps), narrow)
+    defines = (("MT", how.tiles), ("NT", wide), ("WARPS", how.warps), ("AHEAD", how.ahead), narrow)
     kernel = function("expand.cu", "expand", x.device.index, defines)
     sums = 8 * wide * (16 * how.tiles + 4) * 4
     shared = how.warps * max(_ROOM, sums)

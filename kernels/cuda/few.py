@@ -46,10 +46,10 @@ def plan(blocks: Blocks, tokens: int) -> Plan:
     """What was fastest on an H100 for weights like this one."""
     height, width = blocks.block
     mean = len(blocks.columns) * (width // 32) * height // blocks.rows  # chunks of a row
-    wide = 8 if tokens <= 8 else 16 if tokens <= 16 else 32
-    if mean <= 16 and blocks.rows <= 4096:
-        return Plan(1, wide, 8, 4)
-    return Plan(2 if height >= 32 else 1, 8, 16, 1) if tokens <= 8 else Plan(1, wide, 8, 1)
+    wide, most = 8 if tokens <= 8 else 16 if tokens <= 16 else 32, 2 if height >= 32 else 1
+    if blocks.rows <= 4096:
+        return Plan(most, wide, 16, 2) if tokens > 8 and mean > 16 else Plan(1, wide, 8, 4)
+    return Plan(most, wide, 16, 1) if tokens <= 8 else Plan(1, wide, 8, 2)
 
 
 def linear(

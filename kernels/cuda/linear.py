@@ -10,6 +10,8 @@ from kernels.calls import activation_code
 from kernels.cuda import blob, entries, expand, few
 from kernels.reference import activate
 
+_MANY, _LARGE = 2048, 2**24  # tokens and weights from which PyTorch's 2:4 was faster than dense
+
 
 def run(
     x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, activation: str = "none"
@@ -27,19 +29,24 @@ def run(
     if not len(tokens):
         return x.new_empty(shape)
     kernel = chosen(blocks, tokens)
-    if kernel == "dense":
+    if kernel in ("dense", "two_of_four"):
         wide = None if bias is None else bias.to(x.dtype)
-        return activate(F.linear(tokens, blocks.values, wide), activation).view(shape)
+        held = blocks.values if kernel == "dense" else blocks.two_of_four
+        assert held is not None
+        return activate(F.linear(tokens, held, wide), activation).view(shape)
     wide = None if bias is None else bias.float()
     return _module(kernel).linear(blocks, tokens, wide, code).view(shape)
 
 
 def chosen(blocks: blob.Blocks, tokens: Tensor) -> str:
-    """The kernel for x (tokens, channels): a module here, or `dense`."""
+    """The kernel for x (tokens, channels): a module here, or PyTorch's `dense`, `two_of_four`."""
     if blocks.dense:
         if entries.takes(blocks, tokens):
             return "entries"
-        return "expand" if expand.takes(blocks, tokens) else "dense"
+        if expand.takes(blocks, tokens):
+            return "expand"
+        many = len(tokens) >= _MANY and blocks.two_of_four is not None
+        return "two_of_four" if many and blocks.values.numel() >= _LARGE else "dense"
     return "few" if few.takes(blocks, tokens) else "many"
 
 

@@ -20,6 +20,7 @@ class Plan:
         tokens: of a program.
         turned: whether rows of the weight, not tokens, are the rows of the product.
         group: tokens' tiles that run side by side, so that x is read once from memory.
+        sorted: whether the longest rows of blocks begin first, so that none is left at the end.
         warps: of a program.
         stages: steps that are under way at once.
         step: columns of a block that are multiplied at once.
@@ -29,6 +30,7 @@ class Plan:
     tokens: int
     turned: bool
     group: int
+    sorted: bool
     warps: int
     stages: int
     step: int
@@ -39,11 +41,12 @@ def plan(blocks: Blocks, x: Tensor) -> Plan:
     """What was fastest on an H100 for blocks of this height."""
     bulk = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
     wide, step = x.element_size() > 2, min(64, blocks.block[1])
+    few = len(x) <= 4096  # waves of programs: the longest decides
     if blocks.block[0] >= 128:
         how = (8, 2) if wide else (4, 3)
-        return Plan(128 if len(x) > 64 else 64, False, 8, *how, step, bulk)
+        return Plan(128 if len(x) > 64 else 64, False, 16 if few else 8, few, *how, step, bulk)
     tokens = 256 if len(x) > 128 and not wide else 128 if len(x) > 64 else 64
-    return Plan(tokens, True, 2 if len(x) > 4096 else 4, 4, 2, step, bulk)
+    return Plan(tokens, True, 4 if few else 2, few, 4, 2, step, bulk)
 
 
 def linear(
@@ -64,10 +67,10 @@ def linear(
         )
         to = TensorDescriptor.from_tensor(y, [how.tokens, height])
     _linear[(tiles * lines,)](
-        *given, blocks.order, blocks.starts, blocks.columns, bias if bias is not None else blocks.starts, to,
-        len(x), blocks.channels, blocks.rows,
+        *given, blocks.order, blocks.starts, blocks.columns,
+        bias if bias is not None else blocks.starts, to, len(x), blocks.channels, blocks.rows,
         HEIGHT=height, WIDTH=width, STEP=how.step, STEPS=width // how.step,
-        TOKENS=how.tokens, TURNED=how.turned, GROUP=how.group,
+        TOKENS=how.tokens, TURNED=how.turned, GROUP=how.group, SORTED=how.sorted,
         BULK=how.bulk, BIAS=bias is not None, ACTIVATION=activation,
         PRECISION="ieee" if x.dtype is torch.float32 else "tf32", OUT=_TYPES[x.dtype],
         num_warps=how.warps, num_stages=how.stages,
@@ -97,7 +100,7 @@ def _linear(
     tokens, channels, rows,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr,
     TOKENS: tl.constexpr, TURNED: tl.constexpr, GROUP: tl.constexpr,
-    BULK: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    SORTED: tl.constexpr, BULK: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -106,8 +109,9 @@ def _linear(
     first = program // (GROUP * lines) * GROUP
     side = tl.minimum(tiles - first, GROUP)
     tile = first + program % (GROUP * lines) % side
-    # the longest rows of blocks first, so that no long one is left at the end
-    line = tl.load(order + program % (GROUP * lines) // side)
+    line = program % (GROUP * lines) // side
+    if SORTED:
+        line = tl.load(order + line)
     token = tile * TOKENS + tl.arange(0, TOKENS)
     row = line * HEIGHT + tl.arange(0, HEIGHT)
     column = tl.arange(0, STEP)

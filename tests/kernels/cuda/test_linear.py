@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import kernels
+from kernels.cuda import blob
+from kernels.cuda.linear import chosen
 
 pytestmark = [
     pytest.mark.gpu,
@@ -99,6 +101,18 @@ def test_zeros_anywhere(tokens: int, shape: tuple[int, int], dtype: torch.dtype)
     )
     check(x, weight)
     check(x, weight, bias, "silu")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_two_of_four(dtype: torch.dtype) -> None:
+    weight = torch.randn(4096, 4096, device="cuda")
+    order = torch.rand(4096, 1024, 4, device="cuda").argsort(2)
+    weight = (weight * (order < 2).view(4096, 4096)).to(dtype)
+    packed, x = kernels.pack_linear(weight), torch.randn(2048, 4096, device="cuda").to(dtype)
+    assert packed.meta["pattern"] == "2:4"
+    assert chosen(blob.read(packed.data), x) == "two_of_four"
+    check(x, weight, torch.randn(4096, device="cuda"), "relu")
+    check(x[:100], weight)
 
 
 @pytest.mark.parametrize("shape", [(30, 50), (64, 48), (0, 16), (16, 0)])

@@ -3,8 +3,10 @@
 import ctypes
 import hashlib
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +87,11 @@ def function(
         CompileError: there is no NVRTC, or it refused.
     """
     major, minor = torch.cuda.get_device_capability(device)
-    image = _image(source, f"sm_{major}{minor}", dict(defines))
+    code = image(source, f"sm_{major}{minor}", dict(defines))
     module, handle = ctypes.c_void_p(), ctypes.c_void_p()
     with torch.cuda.device(device):
         torch.cuda.current_stream().synchronize()  # makes the device's context current
-        _ok(_cuda().cuModuleLoadData(ctypes.byref(module), image), "cuModuleLoadData")
+        _ok(_cuda().cuModuleLoadData(ctypes.byref(module), code), "cuModuleLoadData")
         _ok(_cuda().cuModuleGetFunction(ctypes.byref(handle), module, name.encode()), name)
         _ok(_cuda().cuFuncSetAttribute(handle, _MOST_SHARED, most_shared(device)), name)
     return Function(handle, major >= 9)
@@ -117,8 +119,12 @@ def _why_not() -> str:
     return ""
 
 
-def _image(source: str, target: str, defines: Mapping[str, int]) -> bytes:
-    """The machine code, from the cache or compiled into it."""
+def image(source: str, target: str, defines: Mapping[str, int]) -> bytes:
+    """The machine code of a file for a target such as sm_90, from the cache or compiled into it.
+
+    Raises:
+        CompileError: there is no NVRTC, or it refused.
+    """
     shared = (SOURCES / "common.cuh").read_bytes()
     text = (SOURCES / source).read_bytes().replace(b'#include "common.cuh"', shared)
     options = [f"--gpu-architecture={target}", "--std=c++17"]
@@ -129,10 +135,10 @@ def _image(source: str, target: str, defines: Mapping[str, int]) -> bytes:
     digest = hashlib.sha256(words + text).hexdigest()[:16]
     path = cache_folder() / f"{Path(source).stem}-{target}-{digest}.cubin"
     if not path.exists():
-        image = _compile(text, source, options)
+        code = _compile(text, source, options)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{id(image)}.part")
-        partial.write_bytes(image)
+        partial = path.with_suffix(f".{os.getpid()}.part")
+        partial.write_bytes(code)
         partial.replace(path)
     return path.read_bytes()
 
@@ -158,15 +164,16 @@ def _taken(size_of: Any, get: Any, program: ctypes.c_void_p) -> bytes:
 
 @cache
 def _nvrtc() -> ctypes.CDLL:
-    major = (torch.version.cuda or "0").split(".")[0]
-    name = f"libnvrtc.so.{major}"
-    beside = Path(torch.__file__).parent.parent / "nvidia"
-    for path in (name, *map(str, sorted(beside.glob(f"*/lib/{name}")))):
+    name = f"libnvrtc.so.{(torch.version.cuda or '13').split('.')[0]}"
+    installed = find_spec("nvidia")  # of the packages that a torch for CUDA needs
+    folders = installed.submodule_search_locations if installed else None
+    found = [path for folder in folders or () for path in Path(folder).glob(f"*/lib/{name}")]
+    for path in (name, *map(str, found)):
         try:
             return ctypes.CDLL(path)
         except OSError:
             continue
-    raise CompileError(f"{name} was not found, neither by the loader nor beside torch")
+    raise CompileError(f"{name} was not found, neither by the loader nor among {len(found)} files")
 
 
 @cache

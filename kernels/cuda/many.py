@@ -95,6 +95,16 @@ def _activated(v, KIND: tl.constexpr):
 
 
 @triton.jit
+def _place(tiles, lines, GROUP: tl.constexpr):
+    """Tile of tokens and row of blocks of a program: a few tiles first, for all rows of blocks."""
+    program = tl.program_id(0)
+    first = program // (GROUP * lines) * GROUP
+    side = tl.minimum(tiles - first, GROUP)
+    rest = program % (GROUP * lines)
+    return first + rest % side, rest // side
+
+
+@triton.jit
 def _linear(
     x, values, order, starts, columns, bias, y,
     tokens, channels, rows,
@@ -103,22 +113,12 @@ def _linear(
     SORTED: tl.constexpr, BULK: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0)
-    lines = rows // HEIGHT
-    tiles = tl.cdiv(tokens, TOKENS)
-    first = program // (GROUP * lines) * GROUP
-    side = tl.minimum(tiles - first, GROUP)
-    tile = first + program % (GROUP * lines) % side
-    line = program % (GROUP * lines) // side
+    tile, line = _place(tl.cdiv(tokens, TOKENS), rows // HEIGHT, GROUP)
     if SORTED:
         line = tl.load(order + line)
-    token = tile * TOKENS + tl.arange(0, TOKENS)
-    row = line * HEIGHT + tl.arange(0, HEIGHT)
+    token, row = tile * TOKENS + tl.arange(0, TOKENS), line * HEIGHT + tl.arange(0, HEIGHT)
     column = tl.arange(0, STEP)
-    if TURNED:
-        total = tl.zeros([HEIGHT, TOKENS], tl.float32)
-    else:
-        total = tl.zeros([TOKENS, HEIGHT], tl.float32)
+    total = tl.zeros([HEIGHT, TOKENS] if TURNED else [TOKENS, HEIGHT], tl.float32)
     begin, end = tl.load(starts + line), tl.load(starts + line + 1)
     next_at = tl.load(columns + begin, mask=begin < end, other=0)
     for i in range(begin * STEPS, end * STEPS):
@@ -130,7 +130,7 @@ def _linear(
             w = values.load([block * HEIGHT, side])
             part = x.load([tile * TOKENS, at])
         else:
-            place = block.to(tl.int64) * HEIGHT * WIDTH + side
+            place = tl.full([], HEIGHT * WIDTH, tl.int64) * block + side
             w = tl.load(values + place + tl.arange(0, HEIGHT)[:, None] * WIDTH + column[None, :])
             here = x + token.to(tl.int64)[:, None] * channels + at + column[None, :]
             part = tl.load(here, mask=token[:, None] < tokens, other=0.0)
@@ -138,12 +138,11 @@ def _linear(
             total = tl.dot(w, part.T, total, input_precision=PRECISION)
         else:
             total = tl.dot(part, w.T, total, input_precision=PRECISION)
-    if BIAS:
-        shift = tl.load(bias + row).to(tl.float32)
-        total += shift[:, None] if TURNED else shift[None, :]
-    total = _activated(total, ACTIVATION).to(OUT)
     if TURNED:
         total = total.T
+    if BIAS:
+        total += tl.load(bias + row).to(tl.float32)[None, :]
+    total = _activated(total, ACTIVATION).to(OUT)
     if BULK:
         y.store([tile * TOKENS, line * HEIGHT], total)
     else:

@@ -1,0 +1,122 @@
+"""What a GPU's kernels are given; bytes are the same on the CPU."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kernels.cuda import blob
+from tests.kernels import draws
+
+BLOCKS = [(1, 1), (16, 16), (16, 64), (32, 32), (64, 32), (128, 16)]
+
+
+def masked(rows: int, channels: int, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    grid = torch.rand(rows // block[0], channels // block[1], generator=generator) < 0.25
+    mask = grid.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+    return (torch.randn(rows, channels, generator=generator) * mask).to(dtype)
+
+
+def decoded(entries: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Places and values of entries of four bytes."""
+    return entries & 0xFFFF, (entries >> 16).to(torch.int16).view(dtype)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_weight_comes_back(dtype: torch.dtype, block: tuple[int, int]) -> None:
+    weight = masked(128, 256, block, dtype)
+    packed = blob.pack_linear(weight)
+    blob.validate(packed.data, packed.meta)
+    found = blob.read(packed.data)
+    assert torch.equal(blob.unpack(found), weight)
+    if block != (1, 1):
+        assert packed.meta["block"] == f"{block[0]}x{block[1]}"
+        assert found.values.numel() < 0.6 * weight.numel()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(0, 80),
+    columns=st.integers(0, 200),
+    block=draws.equal_rows,
+    density=draws.densities,
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    seed=draws.seeds,
+)
+def test_any_weight_comes_back(
+    rows: int, columns: int, block: int, density: float, dtype: torch.dtype, seed: int
+) -> None:
+    weight = draws.weight(seed, (rows, columns), density, block).to(dtype)
+    packed = blob.pack_linear(weight)
+    blob.validate(packed.data, packed.meta)
+    assert torch.equal(blob.unpack(blob.read(packed.data)), weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(32, 96), (33, 40), (48, 64)])
+def test_entries_and_tiles_are_the_weight(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    weight = masked(*shape, (1, 1), dtype)
+    found, rows = blob.read(blob.pack_linear(weight).data), torch.zeros_like(weight)
+    assert found.has_entries
+    for row in range(shape[0]):
+        column, value = decoded(found.columns[found.starts[row] : found.starts[row + 1]], dtype)
+        assert len(column) % 4 == 0
+        rows[row].index_add_(0, column, value)  # what fills up is zero
+    assert torch.equal(rows, weight)
+    if shape[0] % 16 or shape[1] % 32:
+        assert len(found.tiles) == 0
+        return
+    tiles = torch.zeros(shape[0] // 16, shape[1] // 32, 512, dtype=dtype)
+    for tile, (begin, end) in enumerate(zip(found.tiles, found.tiles[1:], strict=False)):
+        place, value = decoded(found.kept[begin:end], dtype)
+        tiles.view(-1, 512)[tile, place // 2] = value
+    rows = tiles.view(shape[0] // 16, -1, 16, 32).transpose(1, 2)
+    assert torch.equal(rows.reshape(shape), weight)
+
+
+@pytest.mark.parametrize("block", [(1, 1), (16, 32)])
+@pytest.mark.parametrize("place", [*range(0, 96, 3), 97, 128, 132, 140, 300, 400])
+@pytest.mark.parametrize("value", [0, 1, 7, 255])
+def test_spoiled_bytes_are_refused(place: int, value: int, block: tuple[int, int]) -> None:
+    packed = blob.pack_linear(masked(64, 96, block, torch.bfloat16))
+    data = packed.data.clone()
+    data[place] = value
+    if torch.equal(data, packed.data):
+        return
+    with pytest.raises(ValueError, match="packed weight: "):
+        blob.validate(data, packed.meta)
+
+
+@pytest.mark.parametrize(
+    ("block", "part", "value", "rule"),
+    [
+        ((16, 32), "starts", 1, "starts must be ascending from 0"),
+        ((16, 32), "columns", 3, r"columns must be in \[0, 3\)"),
+        ((16, 32), "columns", -1, r"columns must be in \[0, 3\)"),
+        ((1, 1), "starts", 4, "starts must be ascending from 0"),
+        ((1, 1), "columns", 96, r"columns must be in \[0, 96\)"),
+        ((1, 1), "tiles", 1, "tiles must be ascending from 0"),
+        ((1, 1), "kept", 1024, "places must be even and less than 1024"),
+        ((1, 1), "kept", 3, "places must be even and less than 1024"),
+    ],
+)
+def test_a_kernel_never_sees_a_forged_index(
+    block: tuple[int, int], part: str, value: int, rule: str
+) -> None:
+    data = blob.pack_linear(masked(64, 96, block, torch.bfloat16)).data
+    view: Any = getattr(blob.read(data), part)
+    view[0] = value  # as the version of a tensor shows that it was written to, it is read again
+    with pytest.raises(ValueError, match=rule):
+        blob.read(data)
+
+
+@pytest.mark.parametrize("size", [0, 64, 127, 128, 500])
+def test_a_cut_weight_is_refused(size: int) -> None:
+    data = blob.pack_linear(masked(64, 96, (16, 32), torch.bfloat16)).data
+    with pytest.raises(ValueError, match="packed weight: "):
+        blob.read(data[:size].clone())

@@ -1,0 +1,55 @@
+"""The Triton kernel without a GPU: `TRITON_INTERPRET=1 pytest`, with triton installed.
+
+The interpreter computes float32 and float16 right, bfloat16 not.
+"""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from kernels.calls import ACTIVATIONS
+from kernels.cuda import blob
+from kernels.reference import activate
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1"
+)
+
+
+@pytest.fixture(autouse=True)
+def loop_bounds(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """With NumPy 2, Triton 3.6's interpreter does not take a bound that was loaded from memory."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
+    yield
+
+
+@pytest.mark.parametrize("tokens", [1, 70, 130])
+@pytest.mark.parametrize("block", [(16, 16), (32, 64), (128, 32)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_many_tokens(dtype: torch.dtype, block: tuple[int, int], tokens: int) -> None:
+    from kernels.cuda import many
+
+    torch.manual_seed(tokens)
+    grid = torch.rand(256 // block[0], 128 // block[1]) < 0.4
+    mask = grid.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+    weight = (torch.randn(256, 128) * mask).to(dtype)
+    blocks = blob.read(blob.pack_linear(weight).data)
+    x, bias = torch.randn(tokens, 128).to(dtype), torch.randn(256)
+    for name, code in ACTIVATIONS.items():
+        true = activate(F.linear(x.double(), weight.double(), bias.double()), name)
+        y = many.linear(blocks, x, bias, code)
+        bound = 1e-6 if dtype is torch.float32 else 1e-3
+        assert (y.double() - true).norm() <= bound * true.norm()

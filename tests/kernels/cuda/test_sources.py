@@ -1,0 +1,64 @@
+"""The CUDA C++ compiles, where NVRTC is installed; no GPU is needed."""
+
+import itertools
+import os
+from typing import Any
+
+import pytest
+
+from kernels.cuda.driver import CompileError, image
+
+TARGETS = ("sm_80", "sm_90")
+
+
+def compiles(source: str, target: str, **defines: int) -> None:
+    try:
+        assert image(source, target, defines)[:4] == b"\x7fELF"
+    except CompileError as error:
+        if "was not found" in str(error):
+            pytest.skip(str(error))
+        raise
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("narrow", [0, 1])
+def test_sources_compile(target: str, narrow: int) -> None:
+    for count in (1, 2, 4):
+        compiles("entries.cu", target, COUNT=count, WARPS=32, U=2, BF16=narrow)
+    for tiles, wide in itertools.product((1, 2), (1, 2, 4)):
+        shape = {"MT": tiles, "NT": wide, "WARPS": 8, "BF16": narrow}
+        compiles("few.cu", target, **shape, U=4, BR=32, BC=64)
+        compiles("expand.cu", target, **shape, AHEAD=3)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled then")
+@pytest.mark.parametrize("bulk", [True, False])
+@pytest.mark.parametrize(("side", "turned"), [(64, True), (128, False)])
+def test_triton_compiles(side: int, turned: bool, bulk: bool) -> None:
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from kernels.cuda import many
+
+    tiles = {"x": (128, 64), "values": (side, 64), "y": (128, side)}
+    kinds = {name: f"tensordesc<bf16[{a},{b}]>" for name, (a, b) in tiles.items()}
+    kinds = kinds if bulk else dict.fromkeys(tiles, "*bf16")
+    kinds |= dict.fromkeys(("order", "starts", "columns"), "*i32") | {"bias": "*fp32"}
+    kinds |= dict.fromkeys(("tokens", "channels", "rows"), "i32")
+    fixed: dict[str, Any] = {
+        "HEIGHT": side,
+        "WIDTH": side,
+        "STEP": 64,
+        "STEPS": side // 64,
+        "TOKENS": 128,
+    }
+    fixed |= {"TURNED": turned, "GROUP": 4, "SORTED": True, "BULK": bulk, "BIAS": True}
+    fixed |= {"ACTIVATION": 4, "PRECISION": "tf32", "OUT": triton.language.bfloat16}
+    names = many._linear.arg_names
+    signature = {name: kinds.get(name, "constexpr") for name in names}
+    source = ASTSource(many._linear, signature, fixed)
+    options = {"num_warps": 4, "num_stages": 2}
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assert "wgmma.mma_async" in made.asm["ptx"]
+    assert ("cp.async.bulk.tensor" in made.asm["ptx"]) == bulk

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels.native import library as native
 
+DIRECT: dict[object, Callable[..., Tensor]] = {}  # what an operator runs on CPU tensors
 FRAGMENT = torch.library.Library("sparse_nas", "FRAGMENT")  # type: ignore[no-untyped-call]
 ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2, "silu": 3, "gelu": 4}
 
@@ -28,6 +29,7 @@ def define(
     if cuda is not None:
         FRAGMENT.impl(name, cuda, "CUDA")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"sparse_nas::{name}", fake, lib=FRAGMENT)
+    DIRECT[getattr(torch.ops.sparse_nas, name).default] = run
 
 
 def in_float32(run: Callable[..., Tensor], x: Tensor, *rest: object) -> Tensor:
@@ -50,13 +52,16 @@ def activation_code(name: str, activation: str) -> int:
 
 
 def check_tensors(name: str, x: Tensor, blob: Tensor, bias: Tensor | None, rows: int) -> None:
-    """Checks dtypes and shapes; the dispatcher has seen to devices.
+    """Checks devices, dtypes and shapes.
 
     Raises:
         ValueError: names the tensor, the rule and what was given.
     """
     if x.dtype is not torch.float32:
         raise ValueError(f"{name}: x must be float32 or bfloat16, got {x.dtype}")
+    if not (x.is_cpu and blob.is_cpu and (bias is None or bias.is_cpu)):
+        places = [str(tensor.device) for tensor in (x, blob, bias) if tensor is not None]
+        raise ValueError(f"{name}: all tensors must be on the CPU, got {', '.join(places)}")
     if blob.dtype is not torch.uint8 or blob.dim() != 1 or not blob.is_contiguous():
         raise ValueError(
             f"{name}: the packed weight must be a contiguous (n,) uint8 tensor, "

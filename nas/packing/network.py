@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from nas.packing.report import PackedLayer, PackedRun, table
-from nas.packing.straight import straight
+from nas.packing.straight import plain, straight
 from nas.packing.trace import batched
 
 
@@ -94,13 +94,19 @@ class PackedNetwork(nn.Module):
         self.layout = layout
         self.whole = whole
         self.out_spec = out_spec
-        self._call = _callable(body)
-        self._accepted: list[tuple[torch.Size, torch.dtype] | None] = [None]
+        self._bind()
+        self._accepted: list[tuple[type[Tensor], torch.Size, torch.dtype, bool] | None] = [None]
+        self._plain = False
         super().train(False)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._call = _callable(self.body)
+        self._bind()
+
+    def _bind(self) -> None:
+        graph = self.body if isinstance(self.body, GraphModule) else None
+        self._call: Callable[..., Any] = self.body if graph is None else straight(graph)
+        self._direct = self._call if graph is None else straight(graph, direct=True)
 
     def forward(self, *inputs: Tensor) -> Any:
         """Apply the network.
@@ -111,15 +117,17 @@ class PackedNetwork(nn.Module):
         if torch.compiler.is_compiling():  # sizes are symbols then, and none may stay
             return self._traced(inputs)
         if self.signature is not None:
-            given = [(x.shape, x.dtype) for x in inputs]
+            given = [(type(x), x.shape, x.dtype, x.is_cpu) for x in inputs]
             if given != self._accepted:  # what was accepted last is so again
                 self.signature.check(inputs)
                 self._accepted[:] = given
+                self._plain = all(kind is Tensor and on_cpu for kind, _, _, on_cpu in given)
+        call = self._direct if self._plain and plain() else self._call
         if not torch.is_grad_enabled():
-            return self._run(inputs)
+            return self._nested(call(*inputs))
         torch._C._set_grad_enabled(False)  # torch.no_grad() would take 1.5 us
         try:
-            return self._run(inputs)
+            return self._nested(call(*inputs))
         finally:
             torch._C._set_grad_enabled(True)
 
@@ -127,10 +135,9 @@ class PackedNetwork(nn.Module):
         if self.signature is not None:
             self.signature.check(inputs)
         with torch.no_grad():
-            return self._run(inputs)
+            return self._nested(self._call(*inputs))
 
-    def _run(self, inputs: tuple[Tensor, ...]) -> Any:
-        result = self._call(*inputs)
+    def _nested(self, result: Any) -> Any:
         return result if self.out_spec is None else tree_unflatten(result, self.out_spec)
 
     def empty(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -158,7 +165,3 @@ class PackedNetwork(nn.Module):
         """
         whole = (f"as a whole: {self.whole}",) if self.whole else ()
         return table(self.layers, self.runs, (*self.notes, *whole))
-
-
-def _callable(body: nn.Module) -> Callable[..., Any]:
-    return straight(body) if isinstance(body, GraphModule) else body

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 
 import kernels
+from kernels import calls
 from kernels.network import Graph, Step, X, Y, write
 from tests.kernels import draws
 
@@ -85,3 +86,13 @@ def test_the_fake_operators_know_every_shape() -> None:
     assert ops.sparse_conv2d(images, blob, None, 8, *WHERE, 1).shape == (2, 8, 5, 4)
     assert ops.sparse_chain(x, blob, [6]).shape == (2, 5, 6)
     assert ops.sparse_chain(images, blob, [6, 2, 2]).shape == (2, 6, 2, 2)
+
+
+def test_tensors_elsewhere_are_refused_without_the_dispatcher() -> None:
+    run = calls.DIRECT[torch.ops.sparse_nas.sparse_linear.default]
+    x, data = torch.randn(2, 24), LINEAR.data
+    assert torch.equal(
+        run(x, data, None, 10), torch.ops.sparse_nas.sparse_linear(x, data, None, 10)
+    )
+    with pytest.raises(ValueError, match="all tensors must be on the CPU, got cpu, meta"):
+        run(x, data.to("meta"), None, 10)

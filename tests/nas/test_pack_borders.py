@@ -3,10 +3,13 @@ from __future__ import annotations
 import copy
 import importlib
 import logging
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nas.packing import pack
 from nas.packing.layer import Kernel, Layer, sparse_kernel
@@ -175,7 +178,7 @@ def test_a_call_that_fails_leaves_gradients_as_they_were(monkeypatch: pytest.Mon
         assert not torch.is_grad_enabled()
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(packed, "_call", fails)
+    monkeypatch.setattr(packed, "_direct", fails)
     for recording in (True, False):
         with torch.set_grad_enabled(recording), pytest.raises(RuntimeError, match="broken"):
             packed(torch.randn(1, 33))
@@ -262,3 +265,29 @@ def test_a_graph_that_goes_wrong_is_left_for_the_exchange(monkeypatch: pytest.Mo
     assert "what no one thought of" in packed.notes[0]
     assert len(packed.layers) == 6
     assert_same(packed, module, (3, 8, 8))
+
+
+def test_whoever_listens_to_operators_hears_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain calls leave torch's dispatcher out; modes and profilers must not miss it."""
+    prefer_sparse(monkeypatch)
+    packed = pack(masked(Mlp()), torch.randn(2, 33))
+    x, heard = torch.randn(3, 33), list[str]()
+
+    class Listener(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            heard.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    plain = packed(x)
+    with Listener():  # type: ignore[no-untyped-call]
+        assert torch.equal(packed(x), plain)
+    assert any("sparse_nas" in name for name in heard)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        packed(x)
+    assert any("sparse_nas" in event.key for event in profile.key_averages())
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert packed(mode.from_tensor(x)).shape == plain.shape
+    assert packed(x.to("meta")).is_meta
+    assert torch.equal(packed(nn.Parameter(x)), plain)

@@ -87,7 +87,7 @@ def dense(packed: Packed) -> Tensor:
         ValueError: the blob is malformed.
     """
     if packed.data.is_cuda:
-        return _on_gpu().unpack(_on_gpu().read(packed.data))
+        return _on_gpu().unpack(_on_gpu().read(packed.data)).clone()
     check_blob(packed.data)
     return unpack(packed.data).to(_DTYPES[b.shape_of(packed.data.numpy()).dtype])
 

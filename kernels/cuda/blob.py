@@ -2,7 +2,7 @@
 
 import warnings
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ VERSION = 1
 DENSE, BLOCKS, ENTRIES = 0, 1, 2
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SIZES = (128, 64, 32, 16)  # rows or columns of a block
+LARGE = 2**24  # weights from which PyTorch's 2:4 was faster than dense
 WORTH = 0.7  # a weight of which more would be stored in blocks is kept dense
 SPARSE = 0.35  # kept of a dense weight, up to which its entries are stored beside it
 _MAGIC = b"SNBLOCKS"
@@ -109,17 +110,24 @@ def read(data: Tensor) -> Blocks:
     """The parts of a packed weight.
 
     The index is checked when a tensor is met for the first time or after it was written to; that
-    waits for the device. Later calls find what was found then.
+    waits for the device. Later calls find what was found then. Of an inference tensor it is not
+    seen that it was written to: load such a weight into a new one.
 
     Raises:
         ValueError: it is malformed, or was not packed for a GPU.
     """
-    held = _met.get(data)
-    version = 0 if data.is_inference() else data._version
-    if held is None or held[:2] != (version, data.data_ptr()):
-        held = (version, data.data_ptr(), _parse(data))
-        _met[data] = held
-    return held[2]
+    held: tuple[tuple[int, int], Blocks, list[Tensor | None]] | None = _met.get(data)
+    now = (0 if data.is_inference() else data._version, data.data_ptr())
+    if held is None or held[0] != now:
+        blocks, replaced = _parse(data.detach()), list[Tensor | None]()
+        if (
+            held is not None
+        ):  # a captured graph may still read what was made from the weight before
+            replaced = [*held[2], held[1].two_of_four]
+            if held[1].order.shape == blocks.order.shape:
+                blocks = replace(blocks, order=held[1].order.copy_(blocks.order))
+        _met[data] = held = (now, blocks, replaced)
+    return held[1]
 
 
 _met: Any = WeakTensorKeyDictionary()
@@ -268,6 +276,7 @@ def _head(raw: npt.NDArray[np.uint8]) -> Any:
 
 
 def _parse(data: Tensor) -> Blocks:
+    _rule(data.data_ptr() % 16 == 0, "data", "at a multiple of 16 bytes", data.data_ptr())
     fits = data.dtype is torch.uint8 and data.dim() == 1 and data.is_contiguous()
     _rule(fits, "data", "contiguous (n,) uint8", f"{tuple(data.shape)} {data.dtype}")
     head = _head(data[:_SPACE].cpu().numpy())
@@ -312,24 +321,27 @@ def _parse(data: Tensor) -> Blocks:
 
 def _two_of_four(weight: Tensor) -> Tensor | None:
     """See `Blocks`; PyTorch wants bfloat16 or float16 on a GPU and multiples of 64."""
-    fits = weight.is_cuda and weight.itemsize == 2 and weight.numel()
+    fits = weight.is_cuda and weight.itemsize == 2 and weight.numel() >= LARGE
     if not fits or weight.shape[0] % 64 or weight.shape[1] % 64:
         return None
     if int(weight.ne(0).unflatten(1, (-1, 4)).sum(2).max()) > 2:  # type: ignore[no-untyped-call]
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch says that it is a prototype
-        semi: Tensor = torch.sparse.to_sparse_semi_structured(weight)
+        try:
+            semi: Tensor = torch.sparse.to_sparse_semi_structured(weight)
+        except RuntimeError:  # neither of PyTorch's two ways to compute it is there
+            return None
     return semi
 
 
 def _check_index(blocks: Blocks) -> None:
     if not len(blocks.starts):
         return
-    width, every = blocks.channels // blocks.block[1], 1
-    column = blocks.columns
     if blocks.has_entries:
-        width, every, column = blocks.channels, 4, column & 0xFFFF
+        width, every, column = blocks.channels, 4, blocks.columns & 0xFFFF
+    else:
+        width, every, column = blocks.channels // blocks.block[1], 1, blocks.columns
     _check_starts("starts", blocks.starts, len(column), every)
     inside = bool(((column >= 0) & (column < width)).all())
     _rule(inside, "columns", f"in [0, {width})", "others")
@@ -346,7 +358,8 @@ def _check_index(blocks: Blocks) -> None:
 
 
 def _check_starts(name: str, starts: Tensor, count: int, every: int) -> None:
-    ascending = (starts[0] == 0) & (starts[-1] == count) & (starts.diff() >= 0).all()
+    steps = starts.long().diff()  # of 32 bits a difference may wrap around
+    ascending = (starts[0] == 0) & (starts[-1] == count) & (steps >= 0).all()
     whole = bool(ascending & (starts % every == 0).all())
     _rule(whole, name, f"ascending from 0 to {count} by multiples of {every}", starts.tolist()[:4])
 

@@ -4,6 +4,7 @@ import ctypes
 import hashlib
 import logging
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
@@ -17,7 +18,6 @@ from kernels.native.build import cache_folder
 SOURCES = Path(__file__).parent
 _PROGRAMMATIC = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _MOST_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-_STATIC = 48 * 1024
 
 
 class _Attribute(ctypes.Structure):
@@ -52,8 +52,9 @@ class Function:
             capability 9.0 and newer; the kernel itself waits for what it reads).
     """
 
-    def __init__(self, handle: ctypes.c_void_p, early: bool) -> None:
+    def __init__(self, handle: ctypes.c_void_p, context: ctypes.c_void_p, early: bool) -> None:
         self.handle = handle
+        self.context = context
         self.early = early
 
     def launch(
@@ -73,39 +74,59 @@ class Function:
         if self.early:
             attribute = _Attribute(_PROGRAMMATIC, b"", 1)
             config.attributes, config.count = ctypes.pointer(attribute), 1
+        _ok(_cuda().cuCtxSetCurrent(self.context), "cuCtxSetCurrent")  # a thread may have none yet
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
         _ok(_cuda().cuLaunchKernelEx(ctypes.byref(config), self.handle, pointers, None), "launch")
 
 
 @cache
 def function(
-    source: str, name: str, device: int, defines: tuple[tuple[str, int], ...]
+    source: str,
+    name: str,
+    device: int,
+    defines: tuple[tuple[str, int], ...],
+    dynamic: bool = False,
 ) -> Function:
     """The kernel `name` of a file beside this one, compiled for a device with these macros.
 
+    Args:
+        source: the file.
+        name: of the kernel.
+        device: index of the GPU.
+        defines: macros and their values.
+        dynamic: whether it takes as much shared memory as it is launched with, and no other.
+
     Raises:
         CompileError: there is no NVRTC, or it refused.
+        RuntimeError: a graph is being captured, during which nothing can be loaded.
     """
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{name}: call it with the same weight and number of tokens before a graph is captured"
+        )
     major, minor = torch.cuda.get_device_capability(device)
     code = image(source, f"sm_{major}{minor}", dict(defines))
-    module, handle = ctypes.c_void_p(), ctypes.c_void_p()
+    module, handle, context = (ctypes.c_void_p() for _ in range(3))
     with torch.cuda.device(device):
         torch.cuda.current_stream().synchronize()  # makes the device's context current
         _ok(_cuda().cuModuleLoadData(ctypes.byref(module), code), "cuModuleLoadData")
         _ok(_cuda().cuModuleGetFunction(ctypes.byref(handle), module, name.encode()), name)
-        _ok(_cuda().cuFuncSetAttribute(handle, _MOST_SHARED, most_shared(device)), name)
-    return Function(handle, major >= 9)
+        if dynamic:
+            _ok(_cuda().cuFuncSetAttribute(handle, _MOST_SHARED, most_shared(device)), name)
+        _ok(_cuda().cuCtxGetCurrent(ctypes.byref(context)), "cuCtxGetCurrent")
+    return Function(handle, context, major >= 9)
 
 
 def most_shared(device: int) -> int:
-    """Bytes of shared memory that a thread block may ask for, a little kept for what is static."""
+    """Bytes of shared memory that a thread block may ask for."""
     properties: Any = torch.cuda.get_device_properties(device)
-    return int(properties.shared_memory_per_block_optin) - _STATIC
+    return int(properties.shared_memory_per_block_optin)
 
 
-def available() -> bool:
-    """Whether CUDA C++ can be compiled here; says once why not."""
-    return _why_not() == ""
+@cache
+def available(device: int) -> bool:
+    """Whether CUDA C++ can be compiled for a device, which needs to be of 8.0 or newer."""
+    return torch.cuda.get_device_capability(device) >= (8, 0) and _why_not() == ""
 
 
 @cache
@@ -136,10 +157,14 @@ def image(source: str, target: str, defines: Mapping[str, int]) -> bytes:
     path = cache_folder() / f"{Path(source).stem}-{target}-{digest}.cubin"
     if not path.exists():
         code = _compile(text, source, options)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.part")
-        partial.write_bytes(code)
-        partial.replace(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}.part")
+            partial.write_bytes(code)
+            partial.replace(path)
+        except OSError as error:  # what cannot be kept is compiled again by the next process
+            logging.getLogger("kernels").warning("no cache for GPU kernels: %s", error)
+        return code
     return path.read_bytes()
 
 

@@ -30,7 +30,7 @@ class Plan:
 
 def takes(blocks: Blocks, x: Tensor) -> bool:
     """Whether this kernel computes it: there are entries, and x fits into shared memory."""
-    if not blocks.has_entries or not 1 <= len(x) <= MOST_TOKENS or not available():
+    if not blocks.has_entries or not 1 <= len(x) <= MOST_TOKENS or not available(x.device.index):
         return False
     return blocks.channels * _BYTES[_width(len(x))] <= most_shared(x.device.index)
 
@@ -55,7 +55,7 @@ def linear(
     numbers = map(ctypes.c_int, (len(x), blocks.channels, blocks.rows, activation))
     narrow = ("BF16", int(x.dtype is torch.bfloat16))
     defines = (("COUNT", width), ("WARPS", how.warps), ("U", how.loads), narrow)
-    kernel = function("entries.cu", "entries", x.device.index, defines)
+    kernel = function("entries.cu", "entries", x.device.index, defines, dynamic=True)
     grid = (-(-blocks.rows // (how.warps * how.rounds)), 1)
     stream = torch.cuda.current_stream(x.device).cuda_stream
     shared = blocks.channels * _BYTES[width]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.cuda.blob import Blocks
-from kernels.cuda.driver import available, function
+from kernels.cuda.driver import available, function, most_shared
 
 MOST_TOKENS = 32
 _ROOM = 2 * 1040  # bytes in which a warp expands tiles
@@ -32,24 +32,37 @@ class Plan:
 
 def takes(blocks: Blocks, x: Tensor) -> bool:
     """Whether this kernel computes it: there are tiles, and tokens are few."""
-    return len(blocks.tiles) > 0 and len(x) <= MOST_TOKENS and available()
+    return len(blocks.tiles) > 0 and len(x) <= MOST_TOKENS and available(x.device.index)
 
 
-def plan(blocks: Blocks, tokens: int) -> Plan:
+def plan(blocks: Blocks, x: Tensor) -> Plan:
     """As many rows a thread block as leave enough of them: each reads all of x."""
-    tiles, most = blocks.rows // 16, (4, 2) if tokens <= 16 else (2,)
-    enough = [t for t in most if tiles % t == 0 and tiles // t >= _PROGRAMS]
+    tiles, wide = blocks.rows // 16, len(x) > 16
+    room = most_shared(x.device.index)
     mean = 512 * len(blocks.kept) / max(1, blocks.rows * blocks.channels)
-    ahead = min(4, ceil((mean + 1.5 * mean**0.5) / 32))
-    warps = 8 if tokens > 16 and tiles > 256 else 16
-    return Plan(enough[0] if enough else 1, warps, max(1, ahead))
+    ahead = max(1, min(4, ceil((mean + 1.5 * mean**0.5) / 32)))
+    warps = 8 if wide and tiles > 256 else 16
+    fit = [Plan(t, warps, ahead) for t in ((2,) if wide else (4, 2)) if tiles % t == 0]
+    enough = [how for how in fit if tiles // how.tiles >= _PROGRAMS]
+    enough = [how for how in enough if _shared(how, _width(len(x))) <= room]
+    return enough[0] if enough else Plan(1, warps, ahead)
+
+
+def _width(tokens: int) -> int:
+    """Products of eight tokens."""
+    return 1 if tokens <= 8 else 2 if tokens <= 16 else 4
+
+
+def _shared(how: Plan, width: int) -> int:
+    """Bytes of shared memory: of tiles that are expanded, then of the sums of all warps."""
+    return how.warps * max(_ROOM, 8 * width * (16 * how.tiles + 4) * 4)
 
 
 def linear(
     blocks: Blocks, x: Tensor, bias: Tensor | None, activation: int, how: Plan | None = None
 ) -> Tensor:
     """Gives y (tokens, rows) of x (tokens, channels), contiguous; bias float32."""
-    how, wide = how or plan(blocks, len(x)), 1 if len(x) <= 8 else 2 if len(x) <= 16 else 4
+    how, wide = how or plan(blocks, x), _width(len(x))
     y = x.new_empty(len(x), blocks.rows)
     addresses = [
         ctypes.c_void_p(None if t is None else t.data_ptr())
@@ -58,11 +71,9 @@ def linear(
     numbers = map(ctypes.c_int, (len(x), blocks.channels, blocks.rows, activation))
     narrow = ("BF16", int(x.dtype is torch.bfloat16))
     defines = (("MT", how.tiles), ("NT", wide), ("WARPS", how.warps), ("AHEAD", how.ahead), narrow)
-    kernel = function("expand.cu", "expand", x.device.index, defines)
-    sums = 8 * wide * (16 * how.tiles + 4) * 4
-    shared = how.warps * max(_ROOM, sums)
+    kernel = function("expand.cu", "expand", x.device.index, defines, dynamic=True)
     stream = torch.cuda.current_stream(x.device).cuda_stream
     with torch.cuda.device(x.device):
         grid = (blocks.rows // (16 * how.tiles), 1)
-        kernel.launch(grid, 32 * how.warps, [*addresses, *numbers], stream, shared)
+        kernel.launch(grid, 32 * how.warps, [*addresses, *numbers], stream, _shared(how, wide))
     return y

@@ -39,7 +39,7 @@ def takes(blocks: Blocks, x: Tensor) -> bool:
     """Whether this kernel computes it: bfloat16 or float16, blocks of 32 columns or more."""
     narrow = x.dtype in (torch.bfloat16, torch.float16)
     fits = not blocks.dense and blocks.block[1] >= 32 and len(x) <= MOST_TOKENS
-    return narrow and fits and available()
+    return narrow and fits and available(x.device.index)
 
 
 def plan(blocks: Blocks, tokens: int) -> Plan:
@@ -47,6 +47,7 @@ def plan(blocks: Blocks, tokens: int) -> Plan:
     height, width = blocks.block
     mean = len(blocks.columns) * (width // 32) * height // blocks.rows  # chunks of a row
     wide, most = 8 if tokens <= 8 else 16 if tokens <= 16 else 32, 2 if height >= 32 else 1
+    most = 1 if wide > 16 else most  # sums of all warps lie in 48 KiB of shared memory
     if blocks.rows <= 4096:
         return Plan(most, wide, 16, 2) if tokens > 8 and mean > 16 else Plan(1, wide, 8, 4)
     return Plan(most, wide, 16, 1) if tokens <= 8 else Plan(1, wide, 8, 2)

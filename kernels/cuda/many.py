@@ -39,7 +39,8 @@ class Plan:
 
 def plan(blocks: Blocks, x: Tensor) -> Plan:
     """What was fastest on an H100 for blocks of this height."""
-    bulk = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
+    some = len(blocks.columns) > 0  # a descriptor of nothing is refused
+    bulk = some and x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
     wide, step = x.element_size() > 2, min(64, blocks.block[1])
     few = len(x) <= 4096  # waves of programs: the longest decides
     if blocks.block[0] >= 128:

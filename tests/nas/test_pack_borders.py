@@ -273,7 +273,7 @@ def test_whoever_listens_to_operators_hears_them(monkeypatch: pytest.MonkeyPatch
     packed = pack(masked(Mlp()), torch.randn(2, 33))
     x, heard = torch.randn(3, 33), list[str]()
 
-    class Listener(TorchDispatchMode):
+    class Listener(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __torch_dispatch__(
             self, function: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:

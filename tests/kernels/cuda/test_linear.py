@@ -30,6 +30,7 @@ def masked(
 def check(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> None:
     """Against float64 on what the kernel was given, twice: bit-equal."""
     packed = kernels.pack_linear(weight)
+    linear(x, packed.data, bias, len(weight), activation)
     poison = torch.full((*x.shape[:-1], len(weight)), float("nan"), dtype=x.dtype, device="cuda")
     del poison  # the allocator gives its memory to y
     y = linear(x, packed.data, bias, len(weight), activation)
@@ -63,6 +64,23 @@ def test_activations_and_narrow_biases(tokens: int, activation: str) -> None:
     check(x, weight, torch.randn(128, device="cuda").bfloat16(), activation)
 
 
+@pytest.mark.parametrize("tokens", [1, 16, 32, 64, 5000])
+@pytest.mark.parametrize(("size", "block"), [(4096, 64), (8192, 64), (4096, 128), (8192, 1)])
+def test_large_weights(size: int, block: int, tokens: int) -> None:
+    weight = masked(size, size, (block, block), 0.2, torch.bfloat16)
+    check(torch.randn(tokens, size, device="cuda").bfloat16(), weight)
+
+
+def test_a_weight_that_is_written_to_is_read_again() -> None:
+    first, second = (kernels.pack_linear(masked(64, 64, (16, 32), 0.4, torch.half)) for _ in "ab")
+    x = torch.randn(100, 64, device="cuda").half()
+    if len(first.data) == len(second.data):
+        before = linear(x, first.data, None, 64)
+        first.data.copy_(second.data)
+        assert not torch.equal(linear(x, first.data, None, 64), before)
+        assert torch.equal(linear(x, first.data, None, 64), linear(x, second.data, None, 64))
+
+
 @pytest.mark.parametrize("tokens", [4, 300])
 def test_empty_rows_one_row_and_skewed_rows(tokens: int) -> None:
     weight = masked(512, 2048, (64, 64), 0.1, torch.bfloat16)
@@ -70,6 +88,8 @@ def test_empty_rows_one_row_and_skewed_rows(tokens: int) -> None:
     weight[:64] = torch.randn(64, 2048, device="cuda")
     check(torch.randn(tokens, 2048, device="cuda").bfloat16(), weight)
     weight[64:] = 0
+    check(torch.randn(tokens, 2048, device="cuda").bfloat16(), weight)
+    weight[:] = 0
     check(torch.randn(tokens, 2048, device="cuda").bfloat16(), weight)
 
 
@@ -150,9 +170,14 @@ def test_graphs_and_compile() -> None:
     chain = x
     for _ in range(4):
         chain = linear(chain, data, None, 256)
-    for _ in range(50):
+    for _ in range(20):
+        x.copy_(torch.randn_like(x))
         graph.replay()
-    assert torch.equal(held, chain)
+        chain = x
+        for _ in range(4):
+            chain = linear(chain, data, None, 256)
+        assert torch.equal(held, chain)
+    y = linear(x, data, None, 256)
     compiled = torch.compile(lambda t: linear(t, data, None, 256).relu(), fullgraph=True)
     assert torch.equal(compiled(x), y.relu())
 

@@ -5,7 +5,9 @@ import os
 from typing import Any
 
 import pytest
+import torch
 
+from kernels.cuda import blob, few
 from kernels.cuda.driver import CompileError, image
 
 TARGETS = ("sm_80", "sm_90")
@@ -20,14 +22,24 @@ def compiles(source: str, target: str, **defines: int) -> None:
         raise
 
 
+def blocks(size: int, kept: float) -> blob.Blocks:
+    """What plans look at, of a square weight in blocks of 64."""
+    columns, none = torch.empty(int(kept * (size // 64) ** 2)), torch.empty(0)
+    return blob.Blocks(size, size, (64, 64), none, columns, none, False, none, none, none, None)
+
+
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("narrow", [0, 1])
 def test_sources_compile(target: str, narrow: int) -> None:
-    for count in (1, 2, 4):
-        compiles("entries.cu", target, COUNT=count, WARPS=32, U=2, BF16=narrow)
-    for tiles, wide in itertools.product((1, 2), (1, 2, 4)):
-        shape = {"MT": tiles, "NT": wide, "WARPS": 8, "BF16": narrow}
-        compiles("few.cu", target, **shape, U=4, BR=32, BC=64)
+    for count, loads in itertools.product((1, 2, 4), (2, 4)):
+        compiles("entries.cu", target, COUNT=count, WARPS=32, U=loads, BF16=narrow)
+    for size, tokens in itertools.product((4096, 8192), (1, 16, 32)):
+        for mean in (0.05, 0.5):  # of columns that are kept
+            how = few.plan(blocks(size, mean), tokens)
+            shape = {"MT": how.tiles, "NT": how.tokens // 8, "WARPS": how.warps, "U": how.chunks}
+            compiles("few.cu", target, **shape, BR=64, BC=64, BF16=narrow)
+    for tiles, wide, warps in itertools.product((1, 2, 4), (1, 2, 4), (8, 16)):
+        shape = {"MT": tiles, "NT": wide, "WARPS": warps, "BF16": narrow}
         compiles("expand.cu", target, **shape, AHEAD=3)
 
 

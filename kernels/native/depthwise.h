@@ -6,8 +6,9 @@
 
 namespace sn {
 
-// How the taps of a row lie: of neighbouring outputs, of every second one and side by side, or anyhow.
-enum Taps : int { kFirst, kSecond, kAnyhow };
+// How the taps of a row lie: of neighbouring outputs, the same but side by side and around each output, of every second
+// one and side by side, or anyhow.
+enum Taps : int { kFirst, kAround, kSecond, kAnyhow };
 
 // Which lanes of the loads for one vector of outputs are real columns: one load for each tap; kSecond: one after another.
 struct Under {
@@ -47,6 +48,27 @@ static inline void load_row(vf (&in)[K], const float* p, const Axis& cols, const
   }
 }
 
+// One vector of R rows of outputs, column of taps by column: 25 weights do not fit into registers. Lanes are left out
+// where columns may be outside, which costs as much as a multiply-add: those before the middle of the taps on the left
+// (B), those behind it on the right (E). Of others, lanes beyond a row read what lies there, and nobody stores them.
+template <int M, bool B, bool E, int R, int K>
+static inline __attribute__((always_inline)) void around(const Depthwise& d, const float* taps, const Under& u,
+                                                         const float* const* from, int64_t j, vf (&acc)[R]) {
+  SN_UNROLL for (int l = 0; l < K; ++l) {
+    asm("" : "+r"(taps));  // else all weights are kept, and sums are not
+    vf weight[K];
+    SN_UNROLL for (int k = 0; k < K; ++k) weight[k] = splat(taps[k * K + l]);
+    SN_UNROLL for (int k = 0; k < R - 1 + K; ++k) {
+      const float* p = from[k] + j + l * (M == kAround ? 1 : d.cols.dilation);
+      const bool some = M != kAround || (B && l < K / 2) || (E && l > K / 2);
+      vf in = some ? load(p, u.load[l], vf{}) : load(p);
+      SN_IN_REGISTER(in);
+      SN_UNROLL for (int r = 0; r < R; ++r)
+        if (k - r >= 0 && k - r < K) acc[r] += weight[k - r] * in;
+    }
+  }
+}
+
 // R output rows at a time, whose taps are T rows apart; between `low` and `high`
 template <int M, int R, int T, int K>
 static __attribute__((noinline)) void depthwise_plane(const Depthwise& how, const float* taps, float bias, vf low,
@@ -70,13 +92,14 @@ static __attribute__((noinline)) void depthwise_plane(const Depthwise& how, cons
         vf acc[R];
         SN_UNROLL for (int r = 0; r < R; ++r) acc[r] = splat(bias);
         const Under& u = d.under[j / V];
-        if constexpr (M == kFirst && K == 5) {  // column by column: 25 weights do not fit into registers
-          SN_UNROLL for (int l = 0; l < K; ++l)
-            SN_UNROLL for (int k = 0; k < R - 1 + K; ++k) {
-              const vf in = load(from[k] + j + l * d.cols.dilation, u.load[l], vf{});
-              SN_UNROLL for (int r = 0; r < R; ++r)
-                if (k - r >= 0 && k - r < K) acc[r] += weight[k - r][l] * in;
-            }
+        if constexpr (M == kAround) {
+          const bool begins = j == 0, ends = j + V + d.cols.pad > d.cols.in;
+          if (begins && ends) around<M, true, true, R, K>(d, taps, u, from, j, acc);
+          else if (begins) around<M, true, false, R, K>(d, taps, u, from, j, acc);
+          else if (ends) around<M, false, true, R, K>(d, taps, u, from, j, acc);
+          else around<M, false, false, R, K>(d, taps, u, from, j, acc);
+        } else if constexpr (M == kFirst && K == 5) {
+          around<M, true, true, R, K>(d, taps, u, from, j, acc);
         } else {
           SN_UNROLL for (int k = 0; k < (R - 1) * T + K; ++k) {
             vf in[K];
@@ -94,9 +117,15 @@ static __attribute__((noinline)) void depthwise_plane(const Depthwise& how, cons
   }
 }
 
+// beyond: whether there is a vector to read behind the plane
 template <int K, class... Rest>
-static void depthwise_plane(const Depthwise& d, const Rest&... rest) {
+static void depthwise_plane(const Depthwise& d, bool beyond, const Rest&... rest) {
   const bool near = d.rows.dilation == 1 && d.cols.dilation == 1;
+  const bool around = near && d.rows.stride == 1 && d.cols.stride == 1 && d.cols.pad == K / 2;
+  // sixteen lanes hide masks behind the multiply-adds of nine weights that stay in registers
+  if (around && beyond && d.rows.out >= 4 && (K == 5 || V < 16))
+    return d.rows.out % 7 == 0 ? depthwise_plane<kAround, 7, 1, K>(d, rest...)
+                               : depthwise_plane<kAround, 4, 1, K>(d, rest...);
   if (d.rows.stride == 1 && d.cols.stride == 1)
     return d.rows.out >= 4 * d.rows.dilation ? depthwise_plane<kFirst, 4, 1, K>(d, rest...)
                                              : depthwise_plane<kFirst, 1, 1, K>(d, rest...);
@@ -122,8 +151,8 @@ static void conv_depthwise(const Conv& c) {
   const int64_t channels = c.h->rows, taps = c.rows.taps * c.cols.taps;
   Under* under = scratch.get<Under>(kCall, ceil_pos(c.cols.out, V));
   find_under(c.cols, c.cols.stride == 2 && c.cols.dilation == 1, under);
-  float* zeros = scratch.get<float>(kPadded, c.cols.in);
-  clear(zeros, c.cols.in);
+  float* zeros = scratch.get<float>(kPadded, c.cols.in + V);
+  clear(zeros, c.cols.in + V);
   const Depthwise d{c.in, c.out, c.rows, c.cols, under, zeros};
   const float infinity = std::numeric_limits<float>::infinity();
   const bool clamped = c.w.activation == kRelu || c.w.activation == kRelu6;
@@ -140,8 +169,9 @@ static void conv_depthwise(const Conv& c) {
     const float bias = c.w.bias ? c.w.bias[row] : 0.f;
     const float* x = c.in.at(n, row);
     float* y = c.out.at(n, row);
-    c.rows.taps == 3 ? depthwise_plane<3>(d, weight, bias, low, high, x, y)
-                     : depthwise_plane<5>(d, weight, bias, low, high, x, y);
+    const bool beyond = (c.images * channels - 1 - task) * c.rows.in * c.cols.in >= V + taps;
+    c.rows.taps == 3 ? depthwise_plane<3>(d, beyond, weight, bias, low, high, x, y)
+                     : depthwise_plane<5>(d, beyond, weight, bias, low, high, x, y);
     if (c.w.activation > kRelu6) activate_plane(c.out, y, c.w.activation);
     clear_around(c.out, n, row);
   });

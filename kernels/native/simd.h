@@ -17,6 +17,17 @@
 #define SN_UNROLL _Pragma("GCC unroll 16")
 #endif
 
+// what is loaded is loaded once, not again for each use
+#if defined(__AVX512F__)
+#define SN_IN_REGISTER(v) asm("" : "+v"(v))
+#elif defined(__x86_64__)
+#define SN_IN_REGISTER(v) asm("" : "+x"(v))
+#elif defined(__aarch64__)
+#define SN_IN_REGISTER(v) asm("" : "+w"(v))
+#else
+#define SN_IN_REGISTER(v)
+#endif
+
 namespace sn {
 
 constexpr int V = SN_LANES;
@@ -73,6 +84,27 @@ struct Some {
 static inline Some some(int64_t first, int64_t last) {
   return {static_cast<int>(first < 0 ? 0 : first > V ? V : first), static_cast<int>(last < 0 ? 0 : last > V ? V : last)};
 }
+#if SN_LANES == 8 && defined(__AVX2__)
+static inline vf load(const float* p, Some s, vf fill) {
+  alignas(32) static const int32_t from[16] = {0, 0, 0, 0, 0, 0, 0, 0, -1, -1, -1, -1, -1, -1, -1, -1};
+  alignas(32) static const int32_t below[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
+  const __m256i mask = _mm256_and_si256(_mm256_loadu_si256((const __m256i*)(from + V - s.first)),
+                                        _mm256_loadu_si256((const __m256i*)(below + V - s.last)));
+  return (vf)_mm256_blendv_ps((__m256)fill, _mm256_maskload_ps(p, mask), _mm256_castsi256_ps(mask));
+}
+// in pieces: a masked store takes dozens of cycles on some processors
+static inline void store(float* p, Some s, vf v) {
+  if (s.first == 0 && s.last == V) return store(p, v);
+  if (s.first != 0) {
+    for (int i = s.first; i < s.last; ++i) p[i] = v[i];
+    return;
+  }
+  __m128 part = _mm256_castps256_ps128((__m256)v);
+  if (s.last & 4) _mm_storeu_ps(p, part), p += 4, part = _mm256_extractf128_ps((__m256)v, 1);
+  if (s.last & 2) _mm_storel_pi((__m64*)p, part), p += 2, part = _mm_movehl_ps(part, part);
+  if (s.last & 1) _mm_store_ss(p, part);
+}
+#else
 static inline vf load(const float* p, Some s, vf fill) {
   if (s.first == 0 && s.last == V) return load(p);
   for (int i = s.first; i < s.last; ++i) fill[i] = p[i];
@@ -82,6 +114,7 @@ static inline void store(float* p, Some s, vf v) {
   if (s.first == 0 && s.last == V) return store(p, v);
   for (int i = s.first; i < s.last; ++i) p[i] = v[i];
 }
+#endif
 #endif
 
 // every second float of two vectors, from the first or from the second on

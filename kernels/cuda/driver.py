@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kernels.native.build import cache_folder
 
@@ -61,22 +62,36 @@ class Function:
         self,
         grid: tuple[int, int],
         threads: int,
-        arguments: Sequence[Any],
-        stream: int,
+        tensors: Sequence[Tensor | None],
+        numbers: Sequence[int],
         shared: int = 0,
     ) -> None:
-        """Launch; `arguments` are ctypes values, `shared` bytes of dynamic shared memory.
+        """Launch on torch's stream.
+
+        Args:
+            grid: thread blocks.
+            threads: of a thread block.
+            tensors: the first arguments, of which the first is no None; None is a null pointer.
+            numbers: those behind them, ints.
+            shared: bytes of dynamic shared memory.
 
         Raises:
             RuntimeError: the driver refused, with its number.
         """
-        config = _Config((*grid, 1), (threads, 1, 1), shared, stream, None, 0)
-        if self.early:
-            attribute = _Attribute(_PROGRAMMATIC, b"", 1)
-            config.attributes, config.count = ctypes.pointer(attribute), 1
-        _ok(_cuda().cuCtxSetCurrent(self.context), "cuCtxSetCurrent")  # a thread may have none yet
-        pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
-        _ok(_cuda().cuLaunchKernelEx(ctypes.byref(config), self.handle, pointers, None), "launch")
+        assert tensors[0] is not None
+        device = tensors[0].device
+        addresses = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors]
+        arguments = [*addresses, *map(ctypes.c_int, numbers)]
+        pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
+        with torch.cuda.device(device):
+            stream = torch.cuda.current_stream(device).cuda_stream
+            config = _Config((*grid, 1), (threads, 1, 1), shared, stream, None, 0)
+            if self.early:
+                attribute = _Attribute(_PROGRAMMATIC, b"", 1)
+                config.attributes, config.count = ctypes.pointer(attribute), 1
+            _ok(_cuda().cuCtxSetCurrent(self.context), "context")  # a thread may have none yet
+            status = _cuda().cuLaunchKernelEx(ctypes.byref(config), self.handle, pointers, None)
+            _ok(status, "launch")
 
 
 @cache

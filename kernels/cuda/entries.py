@@ -1,6 +1,5 @@
 """Sparse linear of one to four tokens, zeros anywhere, by entries.cu."""
 
-import ctypes
 from dataclasses import dataclass
 
 import torch
@@ -48,19 +47,16 @@ def linear(
     """Gives y (tokens, rows) of x (tokens, channels), contiguous; bias float32."""
     how, width = how or plan(blocks, len(x)), _width(len(x))
     y = x.new_empty(len(x), blocks.rows)
-    addresses = [
-        ctypes.c_void_p(None if t is None else t.data_ptr())
-        for t in (blocks.columns, blocks.starts, x, bias, y)
-    ]
-    numbers = map(ctypes.c_int, (len(x), blocks.channels, blocks.rows, activation))
     narrow = ("BF16", int(x.dtype is torch.bfloat16))
     defines = (("COUNT", width), ("WARPS", how.warps), ("U", how.loads), narrow)
     kernel = function("entries.cu", "entries", x.device.index, defines, dynamic=True)
-    grid = (-(-blocks.rows // (how.warps * how.rounds)), 1)
-    stream = torch.cuda.current_stream(x.device).cuda_stream
-    shared = blocks.channels * _BYTES[width]
-    with torch.cuda.device(x.device):
-        kernel.launch(grid, 32 * how.warps, [*addresses, *numbers], stream, shared)
+    tensors = (blocks.columns, blocks.starts, x, bias, y)
+    numbers = (len(x), blocks.channels, blocks.rows, activation)
+    grid, shared = (
+        (-(-blocks.rows // (how.warps * how.rounds)), 1),
+        blocks.channels * _BYTES[width],
+    )
+    kernel.launch(grid, 32 * how.warps, tensors, numbers, shared)
     return y
 
 

@@ -1,6 +1,5 @@
 """Sparse linear of up to 32 tokens, zeros anywhere, by expand.cu."""
 
-import ctypes
 from dataclasses import dataclass
 from math import ceil
 
@@ -64,16 +63,11 @@ def linear(
     """Gives y (tokens, rows) of x (tokens, channels), contiguous; bias float32."""
     how, wide = how or plan(blocks, x), _width(len(x))
     y = x.new_empty(len(x), blocks.rows)
-    addresses = [
-        ctypes.c_void_p(None if t is None else t.data_ptr())
-        for t in (blocks.kept, blocks.tiles, x, bias, y)
-    ]
-    numbers = map(ctypes.c_int, (len(x), blocks.channels, blocks.rows, activation))
     narrow = ("BF16", int(x.dtype is torch.bfloat16))
     defines = (("MT", how.tiles), ("NT", wide), ("WARPS", how.warps), ("AHEAD", how.ahead), narrow)
     kernel = function("expand.cu", "expand", x.device.index, defines, dynamic=True)
-    stream = torch.cuda.current_stream(x.device).cuda_stream
-    with torch.cuda.device(x.device):
-        grid = (blocks.rows // (16 * how.tiles), 1)
-        kernel.launch(grid, 32 * how.warps, [*addresses, *numbers], stream, _shared(how, wide))
+    tensors = (blocks.kept, blocks.tiles, x, bias, y)
+    numbers = (len(x), blocks.channels, blocks.rows, activation)
+    grid, shared = (blocks.rows // (16 * how.tiles), 1), _shared(how, wide)
+    kernel.launch(grid, 32 * how.warps, tensors, numbers, shared)
     return y

@@ -1,6 +1,5 @@
 """Sparse linear of few tokens, by few.cu."""
 
-import ctypes
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -59,14 +58,11 @@ def linear(
     """Gives y (tokens, rows) of x (tokens, channels), contiguous; bias float32."""
     how = how or plan(blocks, len(x))
     y = x.new_empty(len(x), blocks.rows)
-    pointers = (blocks.values, blocks.starts, blocks.columns, x, bias, y)
-    addresses = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in pointers]
-    numbers = map(ctypes.c_int, (len(x), blocks.channels, blocks.rows, activation))
     kernel = function("few.cu", "few", x.device.index, _defines(how, blocks.block, x.dtype))
+    tensors = (blocks.values, blocks.starts, blocks.columns, x, bias, y)
+    numbers = (len(x), blocks.channels, blocks.rows, activation)
     grid = (blocks.rows // how.rows, -(-len(x) // how.tokens))
-    stream = torch.cuda.current_stream(x.device).cuda_stream
-    with torch.cuda.device(x.device):
-        kernel.launch(grid, 32 * how.warps, [*addresses, *numbers], stream)
+    kernel.launch(grid, 32 * how.warps, tensors, numbers)
     return y
 
 

@@ -31,6 +31,7 @@ TOLERANCE = 1e-3
 WHOLE_SECONDS = 0.1
 WHOLE_ROUNDS = 9
 CLEARLY = 0.95
+FAR = 1.5
 
 
 def pack(
@@ -97,7 +98,8 @@ def _from_graph(plain: nn.Module, example: tuple[Tensor, ...], sparse: bool) -> 
     notes += tuple(choice.note for choice in choices.values() if choice.note)
     runs = find_runs(traced.module, choices, example, sparse)
     network = _network(traced, choices, runs, notes, example)
-    if sparse and (runs or any(c.kernel is c.sparse for c in choices.values())):
+    some = runs or any(c.kernel is c.sparse for c in choices.values())
+    if sparse and some and not _far_ahead(choices, runs):
         dense = {node: as_dense(choice) for node, choice in choices.items()}
         network = _faster(network, _network(traced, dense, [], notes, example), example)
     _verify(network, plain, example)
@@ -118,6 +120,14 @@ def _network(
     spec = None if traced.out_spec.is_leaf() else traced.out_spec
     layers, parts = describe(choices, runs)
     return PackedNetwork(body, layers, notes, Signature.of(example), spec, layout, runs=parts)
+
+
+def _far_ahead(choices: dict[Node, Choice], runs: list[Run]) -> bool:
+    """Whether dense layers take so long that no layout would make a dense network as fast."""
+    covered = {node for run in runs for node in run.nodes}
+    alone_us = sum(choice.us for node, choice in choices.items() if node not in covered)
+    ours_us = alone_us + sum(run.us for run in runs)
+    return sum(choice.dense_us for choice in choices.values()) > FAR * ours_us
 
 
 def _faster(

@@ -3,6 +3,8 @@ from __future__ import annotations
 import copy
 import importlib
 import logging
+from dataclasses import replace
+from math import inf
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nas.packing import pack
 from nas.packing.layer import Kernel, Layer, sparse_kernel
+from nas.packing.tune import choose
 from tests.pack_models import (
     Branching,
     Mlp,
@@ -97,6 +100,7 @@ def test_a_network_that_is_faster_dense_as_a_whole_is_dense(
     prefer_sparse(monkeypatch)
     home = importlib.import_module("nas.packing.pack")
     monkeypatch.setattr(home, "interleaved", lambda *_: [0.002, 0.001])
+    monkeypatch.setattr(home, "FAR", inf)  # tried, however slow its layers were
     module = masked(ResNet())
     packed = pack(module, torch.randn(2, 3, 8, 8))
     assert kernels_of(packed) == {"dense"}
@@ -291,3 +295,12 @@ def test_whoever_listens_to_operators_hears_them(monkeypatch: pytest.MonkeyPatch
         assert packed(mode.from_tensor(x)).shape == plain.shape
     assert packed(x.to("meta")).is_meta
     assert torch.equal(packed(nn.Parameter(x)), plain)
+
+
+@pytest.mark.parametrize(("dense_us", "ahead"), [(10.0, False), (14.0, False), (16.0, True)])
+def test_a_dense_network_is_tried_only_where_it_might_win(dense_us: float, ahead: bool) -> None:
+    module = importlib.import_module("nas.packing.pack")
+    layer, x = Layer("a", torch.randn(4, 4), None), torch.randn(1, 4)
+    choice = choose(layer, x, False)
+    halves = {at: replace(choice, us=5.0, dense_us=dense_us / 2) for at in range(2)}
+    assert module._far_ahead(halves, []) == ahead

@@ -120,9 +120,7 @@ def read(data: Tensor) -> Blocks:
     now = (0 if data.is_inference() else data._version, data.data_ptr())
     if held is None or held[0] != now:
         blocks, replaced = _parse(data.detach()), list[Tensor | None]()
-        if (
-            held is not None
-        ):  # a captured graph may still read what was made from the weight before
+        if held is not None:  # a captured graph may still read what was made of the old weight
             replaced = [*held[2], held[1].two_of_four]
             if held[1].order.shape == blocks.order.shape:
                 blocks = replace(blocks, order=held[1].order.copy_(blocks.order))

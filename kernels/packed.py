@@ -43,7 +43,9 @@ def pack_linear(weight: Tensor) -> Packed:
         ValueError: not two dimensions, another dtype, or 2^29 elements or more.
     """
     if weight.is_cuda:
-        return _on_gpu().pack_linear(weight)
+        from kernels.cuda import pack  # it imports this module, and only a GPU needs it
+
+        return pack.pack_linear(weight)
     dense_weight = _weight(weight, "pack_linear", ("out", "in"))
     order = _order(dense_weight, 1)
     placed = _placed(dense_weight, order)
@@ -58,13 +60,17 @@ def pack_conv2d(weight: Tensor, groups: int = 1) -> Packed:
 
     Args:
         weight: (out, in / groups, kernel_h, kernel_w), float32 or bfloat16, which is how it is
-            stored; its zeros are left out.
+            stored; its zeros are left out. On a GPU float16 too, and blocks of zeros are left out.
         groups: as of `torch.nn.Conv2d`.
 
     Raises:
         ValueError: not four dimensions, another dtype, an empty kernel, 2^29 elements or more, or
             `groups` does not divide `out`.
     """
+    if weight.is_cuda:
+        from kernels.cuda import pack
+
+        return pack.pack_conv2d(weight, groups)
     dense_weight = _weight(weight, "pack_conv2d", ("out", "in / groups", "kernel_h", "kernel_w"))
     rows, channels, height, width = dense_weight.shape
     if groups < 1 or rows % groups:
@@ -87,7 +93,9 @@ def dense(packed: Packed) -> Tensor:
         ValueError: the blob is malformed.
     """
     if packed.data.is_cuda:
-        return _on_gpu().unpack(_on_gpu().read(packed.data)).clone()
+        blocks = _on_gpu().read(packed.data)
+        held: Tensor = blocks.form.weight(_on_gpu().unpack(blocks))
+        return held.clone(memory_format=torch.contiguous_format)
     check_blob(packed.data)
     return unpack(packed.data).to(_DTYPES[b.shape_of(packed.data.numpy()).dtype])
 
@@ -129,7 +137,7 @@ def validate(data: Tensor, meta: dict[str, Any]) -> None:
 
 
 def _on_gpu() -> Any:
-    """`kernels.cuda.blob`, which imports this module and which nobody without a GPU needs."""
+    """`kernels.cuda.blob`, which nobody without a GPU needs."""
     from kernels.cuda import blob
 
     return blob

@@ -11,20 +11,19 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from kernels.packed import Packed
 from kernels.patterns import pattern_of
 
-VERSION = 1
+VERSION = 2
+LINEAR, CONV2D = 1, 2
+OPERATIONS = {LINEAR: "sparse_linear", CONV2D: "sparse_conv2d"}
 DENSE, BLOCKS, ENTRIES = 0, 1, 2
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SIZES = (128, 64, 32, 16)  # rows or columns of a block
 LARGE = 2**24  # weights from which PyTorch's 2:4 was faster than dense
-WORTH = 0.7  # a weight of which more would be stored in blocks is kept dense
-SPARSE = 0.35  # kept of a dense weight, up to which its entries are stored beside it
 _MAGIC = b"SNBLOCKS"
 _INTS = (
     "rows",
-    "channels",
+    "columns",
     "block_rows",
     "block_columns",
     "blocks",
@@ -32,6 +31,10 @@ _INTS = (
     "dtype",
     "kind",
     "kept",
+    "operation",
+    "kernel_h",
+    "kernel_w",
+    "groups",
     "spare",
 )
 _SECTIONS = ("starts", "columns", "values", "tiles", "kept")
@@ -43,13 +46,42 @@ HEADER = np.dtype(
 _SPACE = 128  # the header and what follows it; sections begin at multiples of this
 
 
+@dataclass(frozen=True)
+class Form:
+    """What a packed matrix is the weight of.
+
+    Attributes:
+        operation: `LINEAR` or `CONV2D`.
+        kernel: (height, width); of a convolution the columns are its positions, at each of them
+            the input channels of a group.
+        groups: of a convolution.
+    """
+
+    operation: int
+    kernel: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    @property
+    def taps(self) -> int:
+        """Kernel positions."""
+        return self.kernel[0] * self.kernel[1]
+
+    def weight(self, matrix: Tensor) -> Tensor:
+        """A view of (rows, columns) as the layer holds it; of a convolution channels last."""
+        if self.operation == LINEAR:
+            return matrix
+        channels = matrix.shape[1] // self.taps
+        return matrix.view(len(matrix), *self.kernel, channels).permute(0, 3, 1, 2)
+
+
 @dataclass(frozen=True, eq=False)
 class Blocks:
     """A packed weight as kernels see it: views of one tensor, and what its header says.
 
     Attributes:
-        rows: output features.
-        channels: input features.
+        form: what it is the weight of.
+        rows: output features or channels.
+        channels: columns of the matrix: input features, or kernel positions times input channels.
         block: (rows, columns) of a block; of a dense weight its shape.
         starts: (rows / block rows + 1,) int32, where each row of blocks begins; or (rows + 1,),
             where each row of entries does, a multiple of 4.
@@ -66,6 +98,7 @@ class Blocks:
             are kept at most and the whole is stored, or None; made when read.
     """
 
+    form: Form
     rows: int
     channels: int
     block: tuple[int, int]
@@ -82,28 +115,6 @@ class Blocks:
     def has_entries(self) -> bool:
         """Whether non-zeros are stored one by one beside the whole weight."""
         return self.dense and len(self.starts) > 0
-
-
-def pack_linear(weight: Tensor) -> Packed:
-    """Packs a weight on a GPU: see `kernels.pack_linear`, which calls this.
-
-    Args:
-        weight: (out, in), float32, bfloat16 or float16, on a CUDA device; blocks of zeros are left
-            out where that saves enough, else it is stored dense, for many tokens; of two bytes and
-            with few non-zeros also non-zero by non-zero, for few.
-
-    Raises:
-        ValueError: not two dimensions, or another dtype.
-    """
-    if weight.dim() != 2 or weight.dtype not in DTYPES:
-        raise ValueError(
-            "pack_linear: weight must be float32, bfloat16 or float16 (out, in), "
-            f"got {weight.dtype} {tuple(weight.shape)}"
-        )
-    weight = weight.detach()
-    block = _block(weight)
-    raw = _write(weight, block)
-    return Packed(raw, _meta(raw, pattern_of(weight.cpu().ne(0).numpy()[:, :, None])))
 
 
 def read(data: Tensor) -> Blocks:
@@ -141,16 +152,29 @@ def validate(data: Tensor, meta: dict[str, Any]) -> None:
     raw = data.cpu().numpy()
     found = _checksum(raw)
     _rule(_head(raw)["crc"] == found, "checksum", f"{found:#010x}", _head(raw)["crc"])
-    kept = unpack(blocks).ne(0)
-    nonzeros = int(kept.sum())
+    matrix = unpack(blocks)
+    nonzeros = int(matrix.count_nonzero())
     _rule(_head(raw)["nonzeros"] == nonzeros, "nonzeros", str(nonzeros), _head(raw)["nonzeros"])
-    true = _meta(data, pattern_of(kept.cpu().numpy()[:, :, None]))
+    true = meta_of(data, pattern(matrix, blocks.form))
     for key in true.keys() | meta.keys():
         _rule(meta.get(key) == true.get(key), f"meta {key}", repr(true.get(key)), meta.get(key))
 
 
+def write(head: Any, parts: tuple[Tensor, ...]) -> Tensor:
+    """The bytes of a header, of which offsets and checksum are filled in here, and of sections."""
+    offsets, head["bytes"] = _offsets([part.nbytes for part in parts])
+    raw = torch.zeros(int(head["bytes"]), dtype=torch.uint8, device=parts[0].device)
+    for name, offset, part in zip(_SECTIONS, offsets, parts, strict=True):
+        head[f"at_{name}"] = offset
+        raw[offset : offset + part.nbytes] = part.view(torch.uint8).flatten()
+    head["magic"], head["version"] = _MAGIC, VERSION
+    head["crc"] = _checksum(raw.cpu().numpy())
+    raw[: HEADER.itemsize] = torch.from_numpy(head.reshape(1).view(np.uint8)).to(raw.device)
+    return raw
+
+
 def unpack(blocks: Blocks) -> Tensor:
-    """The dense weight (rows, channels)."""
+    """The dense weight as a matrix (rows, channels)."""
     if blocks.dense:
         return blocks.values
     height, width = blocks.block
@@ -159,91 +183,6 @@ def unpack(blocks: Blocks) -> Tensor:
     grid = blocks.values.new_zeros(blocks.rows // height, blocks.channels // width, height, width)
     grid[row, blocks.columns.long()] = blocks.values
     return grid.transpose(1, 2).reshape(blocks.rows, blocks.channels)
-
-
-def _block(weight: Tensor) -> tuple[int, int] | None:
-    """The largest block that stores about as little as any; None where dense is as good."""
-    stored: dict[tuple[int, int], int] = {}
-    for height in SIZES:
-        for width in SIZES:
-            if weight.shape[0] % height == 0 and weight.shape[1] % width == 0:
-                kept = _grid(weight, height, width).ne(0).any(3).any(2)
-                stored[height, width] = int(kept.sum()) * height * width
-    least = min(stored.values(), default=weight.numel())
-    if not weight.numel() or least > WORTH * weight.numel():
-        return None
-    return max(block for block, size in stored.items() if size <= 1.1 * least)
-
-
-def _grid(weight: Tensor, height: int, width: int) -> Tensor:
-    """The blocks: (rows of blocks, columns of blocks, height, width)."""
-    rows, channels = weight.shape
-    return weight.reshape(rows // height, height, channels // width, width).transpose(1, 2)
-
-
-def _write(weight: Tensor, block: tuple[int, int] | None) -> Tensor:
-    rows, channels = weight.shape
-    starts = columns = tiles = kept = torch.zeros(0, dtype=torch.int32, device=weight.device)
-    values, kind = weight.contiguous(), DENSE if block is None else BLOCKS
-    if block is None and _has_entries(weight):
-        (starts, columns), kind = _entries(values), ENTRIES
-        if rows % 16 == 0 and channels % 32 == 0:
-            tiles, kept = _tiles(values)
-    elif block is not None:
-        grid = _grid(weight, *block)
-        full = grid.ne(0).any(3).any(2)
-        starts = torch.cat([starts.new_zeros(1), full.sum(1).cumsum(0).int()])
-        columns, values = full.nonzero()[:, 1].int(), grid[full].contiguous()
-    head = np.zeros((), HEADER)
-    head["magic"], head["version"], head["kind"] = _MAGIC, VERSION, kind
-    head["rows"], head["channels"], head["dtype"] = rows, channels, DTYPES[weight.dtype]
-    head["block_rows"], head["block_columns"] = block or (rows, channels)
-    head["blocks"], head["nonzeros"] = len(columns), int(weight.count_nonzero())
-    head["kept"] = len(kept)
-    parts = (starts, columns, values, tiles, kept)
-    offsets, head["bytes"] = _offsets([part.nbytes for part in parts])
-    raw = torch.zeros(int(head["bytes"]), dtype=torch.uint8, device=weight.device)
-    for name, offset, part in zip(_SECTIONS, offsets, parts, strict=True):
-        head[f"at_{name}"] = offset
-        raw[offset : offset + part.nbytes] = part.view(torch.uint8).flatten()
-    head["crc"] = _checksum(raw.cpu().numpy())
-    raw[: HEADER.itemsize] = torch.from_numpy(head.reshape(1).view(np.uint8)).to(raw.device)
-    return raw
-
-
-def _has_entries(weight: Tensor) -> bool:
-    rows, channels = weight.shape
-    fits = weight.itemsize == 2 and channels <= 2**16 and rows * channels < 2**31
-    return fits and 0 < int(weight.count_nonzero()) <= SPARSE * weight.numel()
-
-
-def _entries(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Where rows start, and their entries, zeros behind them up to a multiple of four."""
-    row, column = weight.nonzero(as_tuple=True)
-    counts = torch.bincount(row, minlength=len(weight))
-    ends, first = counts.cumsum(0), (counts + 3) // 4 * 4
-    starts = torch.cat([first.new_zeros(1), first.cumsum(0)])
-    place = starts[row] + torch.arange(len(row), device=row.device) - (ends - counts)[row]
-    held = torch.zeros(int(starts[-1]), dtype=torch.int32, device=row.device)
-    bits = weight[row, column].view(torch.int16).int()
-    held[place] = column.int() | (bits << 16)
-    return starts.int(), held
-
-
-def _tiles(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Where tiles start, and their entries, in the order in which lanes of a warp multiply them.
-
-    Lane l takes the eight columns from l % 4 * 8 on of row l / 4, then of the row eight further.
-    """
-    rows, channels = weight.shape
-    tiles = (
-        weight.view(rows // 16, 2, 8, channels // 32, 32).permute(0, 3, 1, 2, 4).reshape(-1, 512)
-    )
-    tile, place = tiles.nonzero(as_tuple=True)
-    counts = torch.bincount(tile, minlength=len(tiles))
-    bits = tiles[tile, place].view(torch.int16).int()
-    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    return starts.int(), 2 * place.int() | (bits << 16)
 
 
 def _offsets(sizes: list[int]) -> tuple[list[int], int]:
@@ -279,20 +218,23 @@ def _parse(data: Tensor) -> Blocks:
     _rule(fits, "data", "contiguous (n,) uint8", f"{tuple(data.shape)} {data.dtype}")
     head = _head(data[:_SPACE].cpu().numpy())
     rows, channels, height, width, count, _ = (int(head[name]) for name in _INTS[:6])
-    dtype, kind, kept, spare = (int(head[name]) for name in _INTS[6:])
-    _rule(spare == 0, "spare", "0", spare)
+    dtype, kind, kept = (int(head[name]) for name in _INTS[6:9])
+    form = _form(head)
     _rule(kind in (DENSE, BLOCKS, ENTRIES), "kind", "0, 1 or 2", kind)
     _rule(dtype in DTYPES.values(), "dtype", "0, 1 or 2", dtype)
     _rule(min(rows, channels, count, kept) >= 0, "shape", "non-negative", (rows, channels, count))
     if kind == BLOCKS:
-        whole = {height, width} <= set(SIZES) and rows % height == 0 and channels % width == 0
-        _rule(whole, "block", f"of {SIZES}, a divisor of {(rows, channels)}", (height, width))
+        within = channels // form.taps
+        whole = {height, width} <= set(SIZES) and rows % height == 0 and within % width == 0
+        _rule(whole, "block", f"of {SIZES}, a divisor of {(rows, within)}", (height, width))
+        _rule(form.groups == 1, "groups of blocks", "1", form.groups)
     else:
         _rule((height, width) == (rows, channels), "block", "the whole", (height, width))
     stored = next(known for known, number in DTYPES.items() if number == dtype)
     lines = {DENSE: 0, ENTRIES: rows + 1}.get(kind, rows // max(1, height) + 1)
     _rule(kind != DENSE or count == 0, "entries", "none", count)
     _rule(kind != ENTRIES or stored.itemsize == 2, "dtype of entries", "of 2 bytes", stored)
+    _rule(kind != ENTRIES or form.taps == form.groups == 1, "kernel of entries", "1x1", form)
     size = count * height * width if kind == BLOCKS else rows * channels
     tiled = kind == ENTRIES and rows % 16 == 0 and channels % 32 == 0
     tiles = rows * channels // 512 if tiled else 0
@@ -311,10 +253,25 @@ def _parse(data: Tensor) -> Blocks:
     values = values.view(rows, channels) if whole else values.view(count, height, width)
     order = starts.diff().argsort(descending=True, stable=True).int()
     tail = (parts[3].view(torch.int32), parts[4].view(torch.int32), order)
-    semi = _two_of_four(values) if whole else None
-    blocks = Blocks(rows, channels, (height, width), starts, columns, values, whole, *tail, semi)
+    semi = _two_of_four(values) if whole and form.taps == form.groups == 1 else None
+    sizes = (form, rows, channels, (height, width))
+    blocks = Blocks(*sizes, starts, columns, values, whole, *tail, semi)
     _check_index(blocks)
     return blocks
+
+
+def _form(head: Any) -> Form:
+    operation, *kernel, groups, spare = (int(head[name]) for name in _INTS[9:])
+    _rule(spare == 0, "spare", "0", spare)
+    _rule(operation in (LINEAR, CONV2D), "operation", "1 or 2", operation)
+    form = Form(operation, (kernel[0], kernel[1]), groups)
+    plain = operation == CONV2D or form == Form(LINEAR)
+    _rule(plain, "kernel and groups of a linear weight", "1", (*kernel, groups))
+    _rule(min(*kernel, groups) >= 1, "kernel and groups", "positive", (*kernel, groups))
+    rows, columns = int(head["rows"]), int(head["columns"])
+    fits = rows % groups == 0 and columns % form.taps == 0
+    _rule(fits, "groups and kernel", f"divisors of {(rows, columns)}", (groups, *kernel))
+    return form
 
 
 def _two_of_four(weight: Tensor) -> Tensor | None:
@@ -362,15 +319,25 @@ def _check_starts(name: str, starts: Tensor, count: int, every: int) -> None:
     _rule(whole, name, f"ascending from 0 to {count} by multiples of {every}", starts.tolist()[:4])
 
 
-def _meta(data: Tensor, pattern: str) -> dict[str, Any]:
+def pattern(matrix: Tensor, form: Form) -> str:
+    """Which pattern the zeros of a matrix follow, as `kernels.patterns` names it."""
+    kept = matrix.ne(0).view(len(matrix), form.taps, matrix.shape[1] // form.taps)
+    return pattern_of(kept.transpose(1, 2).cpu().numpy())
+
+
+def meta_of(data: Tensor, pattern: str) -> dict[str, Any]:
+    """What is kept as JSON beside the bytes."""
     head = _head(data[:_SPACE].cpu().numpy())
-    block = f"{head['block_rows']}x{head['block_columns']}"
+    form, block = _form(head), f"{head['block_rows']}x{head['block_columns']}"
     stored = next(known for known, number in DTYPES.items() if number == head["dtype"])
+    rows, columns = int(head["rows"]), int(head["columns"])
+    shape = [rows, columns // form.taps, *form.kernel]
     return {
         "format": VERSION,
-        "operation": "sparse_linear",
+        "operation": OPERATIONS[form.operation],
         "device": "cuda",
-        "shape": [int(head["rows"]), int(head["channels"])],
+        "shape": shape if form.operation == CONV2D else shape[:2],
+        "groups": form.groups,
         "dtype": str(stored).removeprefix("torch."),
         "pattern": pattern,
         "block": {DENSE: "dense", ENTRIES: "1x1"}.get(int(head["kind"]), block),

@@ -22,21 +22,31 @@ def run(
         ValueError: the weight is malformed or does not fit, or an argument has another dtype,
             shape or device.
     """
-    code = activation_code("sparse_linear", activation)
     blocks = blob.read(weight)
-    _check(x, blocks, bias, out_features)
-    shape, tokens = (*x.shape[:-1], out_features), _aligned(x)
+    if blocks.form.operation != blob.LINEAR or not x.dim():
+        raise ValueError(_mismatch(x, blocks, out_features))
+    if (out_features, x.shape[-1]) != (blocks.rows, blocks.channels):
+        raise ValueError(_mismatch(x, blocks, out_features))
+    check("sparse_linear", x, blocks, bias)
+    tokens = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return product(blocks, tokens, bias, activation).view(*x.shape[:-1], out_features)
+
+
+def product(blocks: blob.Blocks, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """Gives act(x W^T + b) (tokens, rows), contiguous, of x (tokens, channels)."""
+    code, tokens = activation_code("sparse_linear", activation), _aligned(x)
     if not len(tokens):
-        return x.new_empty(shape)
+        return x.new_empty(0, blocks.rows)
     kernel = chosen(blocks, tokens)
     if kernel in ("dense", "two_of_four"):
         wide = None if bias is None else bias.to(x.dtype)
         held = blocks.values if kernel == "dense" else blocks.two_of_four
         assert held is not None
-        return activate(F.linear(tokens, held, wide).contiguous(), activation).view(shape)
+        return activate(F.linear(tokens, held, wide).contiguous(), activation)
     wide = None if bias is None else bias.float()
     with torch.cuda.device(x.device):
-        return _module(kernel).linear(blocks, tokens, wide, code).view(shape)
+        y: Tensor = _module(kernel).linear(blocks, tokens, wide, code)
+        return y
 
 
 def chosen(blocks: blob.Blocks, tokens: Tensor) -> str:
@@ -60,21 +70,29 @@ def _module(kernel: str) -> Any:
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """Gives x as (tokens, channels), contiguous, from a multiple of 16 bytes on."""
-    tokens = x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
-    return tokens.clone() if tokens.data_ptr() % 16 else tokens
+    """Gives x contiguous, from a multiple of 16 bytes on."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
 
 
-def _check(x: Tensor, blocks: blob.Blocks, bias: Tensor | None, out_features: int) -> None:
-    shape, stored = (blocks.rows, blocks.channels), blocks.values.dtype
-    if not x.dim() or (out_features, x.shape[-1]) != shape:
-        raise ValueError(
-            f"sparse_linear: the weight was packed as {shape}; it does not fit x "
-            f"{tuple(x.shape)}, out_features={out_features}"
-        )
+def _mismatch(x: Tensor, blocks: blob.Blocks, out_features: int) -> str:
+    kind = blob.OPERATIONS[blocks.form.operation]
+    return (
+        f"sparse_linear: the weight was packed as {(blocks.rows, blocks.channels)} for {kind}; it "
+        f"does not fit x {tuple(x.shape)}, out_features={out_features}"
+    )
+
+
+def check(name: str, x: Tensor, blocks: blob.Blocks, bias: Tensor | None) -> None:
+    """Checks dtypes, devices and the bias.
+
+    Raises:
+        ValueError: names the tensor, the rule and what was given.
+    """
+    stored = blocks.values.dtype
     if x.dtype is not stored or x.device != blocks.values.device:
         raise ValueError(
-            f"sparse_linear: x must be {stored} on {blocks.values.device} as the packed weight, "
+            f"{name}: x must be {stored} on {blocks.values.device} as the packed weight, "
             f"got {x.dtype} on {x.device}"
         )
     if bias is None:
@@ -82,6 +100,6 @@ def _check(x: Tensor, blocks: blob.Blocks, bias: Tensor | None, out_features: in
     fits = bias.dtype in (torch.float32, stored) and bias.shape == (blocks.rows,)
     if not fits or bias.device != x.device or not bias.is_contiguous():
         raise ValueError(
-            f"sparse_linear: bias must be contiguous float32 or {stored} ({blocks.rows},) on "
+            f"{name}: bias must be contiguous float32 or {stored} ({blocks.rows},) on "
             f"{x.device}, got {bias.dtype} {tuple(bias.shape)} on {bias.device}"
         )

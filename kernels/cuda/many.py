@@ -73,17 +73,24 @@ def linear(
         HEIGHT=height, WIDTH=width, STEP=how.step, STEPS=width // how.step,
         TOKENS=how.tokens, TURNED=how.turned, GROUP=how.group, SORTED=how.sorted,
         BULK=how.bulk, BIAS=bias is not None, ACTIVATION=activation,
-        PRECISION="ieee" if x.dtype is torch.float32 else "tf32", OUT=_TYPES[x.dtype],
+        PRECISION=precision(x), OUT=TYPES[x.dtype],
         num_warps=how.warps, num_stages=how.stages,
     )  # fmt: skip
     return y
 
 
-_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def precision(x: Tensor) -> str:
+    """How float32 is multiplied: as it is, or rounded to TF32 where torch is told to do so."""
+    rounded = x.dtype is not torch.float32 or torch.backends.cuda.matmul.allow_tf32
+    return "tf32" if rounded else "ieee"
 
 
 @triton.jit
-def _activated(v, KIND: tl.constexpr):
+def activated(v, KIND: tl.constexpr):
+    """Behind an activation, by its number in `kernels.calls`."""
     if KIND == 1 or KIND == 2:
         v = tl.where(v < 0, 0.0, v)
     if KIND == 2:
@@ -96,7 +103,7 @@ def _activated(v, KIND: tl.constexpr):
 
 
 @triton.jit
-def _place(tiles, lines, GROUP: tl.constexpr):
+def placed(tiles, lines, GROUP: tl.constexpr):
     """Tile of tokens and row of blocks of a program: a few tiles first, for all rows of blocks."""
     program = tl.program_id(0)
     first = program // (GROUP * lines) * GROUP
@@ -114,7 +121,7 @@ def _linear(
     SORTED: tl.constexpr, BULK: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
-    tile, line = _place(tl.cdiv(tokens, TOKENS), rows // HEIGHT, GROUP)
+    tile, line = placed(tl.cdiv(tokens, TOKENS), rows // HEIGHT, GROUP)
     if SORTED:
         line = tl.load(order + line)
     token, row = tile * TOKENS + tl.arange(0, TOKENS), line * HEIGHT + tl.arange(0, HEIGHT)
@@ -143,7 +150,7 @@ def _linear(
         total = total.T
     if BIAS:
         total += tl.load(bias + row).to(tl.float32)[None, :]
-    total = _activated(total, ACTIVATION).to(OUT)
+    total = activated(total, ACTIVATION).to(OUT)
     if BULK:
         y.store([tile * TOKENS, line * HEIGHT], total)
     else:

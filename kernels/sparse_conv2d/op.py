@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 
-from torch import Tensor, bfloat16, get_num_threads
+from torch import Tensor, bfloat16, channels_last, get_num_threads
 
 from kernels import calls
 from kernels.blob import CONV2D, shape_of
@@ -97,7 +97,26 @@ def _fake(
         calls.out_size(*axis)
         for axis in zip(x.shape[2:], kernel_size, stride, padding, dilation, strict=True)
     ]
-    return x.new_empty((x.shape[0], out_channels, *size))
+    y = x.new_empty((x.shape[0], out_channels, *size))
+    return y.contiguous(memory_format=channels_last) if x.is_cuda else y
 
 
-calls.define(SCHEMA, _run, _fake)
+def _run_cuda(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out_channels: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str = "none",
+) -> Tensor:
+    from kernels.cuda import conv2d  # not at the top: nobody without a GPU needs it
+
+    walk = (kernel_size, stride, padding, dilation, groups, activation)
+    return conv2d.run(x, weight, bias, out_channels, *walk)
+
+
+calls.define(SCHEMA, _run, _fake, _run_cuda)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.cuda import blob
+from kernels.cuda import blob, pack
 from tests.kernels import draws
 
 BLOCKS = [(1, 1), (16, 16), (16, 64), (32, 32), (64, 32), (128, 16)]
@@ -30,13 +30,33 @@ def decoded(entries: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_weight_comes_back(dtype: torch.dtype, block: tuple[int, int]) -> None:
     weight = masked(128, 256, block, dtype)
-    packed = blob.pack_linear(weight)
+    packed = pack.pack_linear(weight)
     blob.validate(packed.data, packed.meta)
     found = blob.read(packed.data)
     assert torch.equal(blob.unpack(found), weight)
     if block != (1, 1):
         assert packed.meta["block"] == f"{block[0]}x{block[1]}"
         assert found.values.numel() < 0.6 * weight.numel()
+
+
+@pytest.mark.parametrize("block", [(16, 16), (64, 32)])
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (2, 5)])
+def test_a_convolution_comes_back(kernel: tuple[int, int], block: tuple[int, int]) -> None:
+    """Blocks lie within one kernel position: 48 channels are no multiple of 32, 48 * 9 are."""
+    weight = torch.stack(
+        [masked(128, 96, block, torch.float16) for _ in range(kernel[0] * kernel[1])], 2
+    ).view(128, 96, *kernel)
+    packed = pack.pack_conv2d(weight)
+    blob.validate(packed.data, packed.meta)
+    found = blob.read(packed.data)
+    assert torch.equal(found.form.weight(blob.unpack(found)), weight)
+    assert packed.meta["block"] == f"{block[0]}x{block[1]}"
+    assert packed.meta["shape"] == [128, 96, *kernel]
+    odd = pack.pack_conv2d(weight[:, :48])
+    assert odd.meta["block"] == f"{block[0]}x16"
+    whole = pack.pack_conv2d(weight, groups=2)
+    assert whole.meta["block"] == "dense" and whole.meta["groups"] == 2
+    assert torch.equal(blob.read(whole.data).form.weight(blob.read(whole.data).values), weight)
 
 
 @settings(max_examples=40, deadline=None)
@@ -52,7 +72,7 @@ def test_any_weight_comes_back(
     rows: int, columns: int, block: int, density: float, dtype: torch.dtype, seed: int
 ) -> None:
     weight = draws.weight(seed, (rows, columns), density, block).to(dtype)
-    packed = blob.pack_linear(weight)
+    packed = pack.pack_linear(weight)
     blob.validate(packed.data, packed.meta)
     assert torch.equal(blob.unpack(blob.read(packed.data)), weight)
 
@@ -61,7 +81,7 @@ def test_any_weight_comes_back(
 @pytest.mark.parametrize("shape", [(32, 96), (33, 40), (48, 64)])
 def test_entries_and_tiles_are_the_weight(shape: tuple[int, int], dtype: torch.dtype) -> None:
     weight = masked(*shape, (1, 1), dtype)
-    found, rows = blob.read(blob.pack_linear(weight).data), torch.zeros_like(weight)
+    found, rows = blob.read(pack.pack_linear(weight).data), torch.zeros_like(weight)
     assert found.has_entries
     for row in range(shape[0]):
         column, value = decoded(found.columns[found.starts[row] : found.starts[row + 1]], dtype)
@@ -83,7 +103,7 @@ def test_entries_and_tiles_are_the_weight(shape: tuple[int, int], dtype: torch.d
 @pytest.mark.parametrize("place", [*range(0, 96, 3), 97, 128, 132, 140, 300, 400])
 @pytest.mark.parametrize("value", [0, 1, 7, 255])
 def test_spoiled_bytes_are_refused(place: int, value: int, block: tuple[int, int]) -> None:
-    packed = blob.pack_linear(masked(64, 96, block, torch.bfloat16))
+    packed = pack.pack_linear(masked(64, 96, block, torch.bfloat16))
     data = packed.data.clone()
     data[place] = value
     if torch.equal(data, packed.data):
@@ -108,7 +128,7 @@ def test_spoiled_bytes_are_refused(place: int, value: int, block: tuple[int, int
 def test_a_kernel_never_sees_a_forged_index(
     block: tuple[int, int], part: str, value: int, rule: str
 ) -> None:
-    data = blob.pack_linear(masked(64, 96, block, torch.bfloat16)).data
+    data = pack.pack_linear(masked(64, 96, block, torch.bfloat16)).data
     view: Any = getattr(blob.read(data), part)
     view[0] = value  # as the version of a tensor shows that it was written to, it is read again
     with pytest.raises(ValueError, match=rule):
@@ -117,6 +137,6 @@ def test_a_kernel_never_sees_a_forged_index(
 
 @pytest.mark.parametrize("size", [0, 64, 127, 128, 500])
 def test_a_cut_weight_is_refused(size: int) -> None:
-    data = blob.pack_linear(masked(64, 96, (16, 32), torch.bfloat16)).data
+    data = pack.pack_linear(masked(64, 96, (16, 32), torch.bfloat16)).data
     with pytest.raises(ValueError, match="packed weight: "):
         blob.read(data[:size].clone())

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from kernels.calls import ACTIVATIONS
-from kernels.cuda import blob
+from kernels.cuda import blob, pack
 from kernels.reference import activate
 
 pytest.importorskip("triton")
@@ -46,10 +46,39 @@ def test_many_tokens(dtype: torch.dtype, block: tuple[int, int], tokens: int) ->
     grid = torch.rand(256 // block[0], 128 // block[1]) < 0.4
     mask = grid.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
     weight = (torch.randn(256, 128) * mask).to(dtype)
-    blocks = blob.read(blob.pack_linear(weight).data)
+    blocks = blob.read(pack.pack_linear(weight).data)
     x, bias = torch.randn(tokens, 128).to(dtype), torch.randn(256)
     for name, code in ACTIVATIONS.items():
         true = activate(F.linear(x.double(), weight.double(), bias.double()), name)
         y = many.linear(blocks, x, bias, code)
         bound = 1e-6 if dtype is torch.float32 else 1e-3
         assert (y.double() - true).norm() <= bound * true.norm()
+
+
+WALKS = [
+    ((1, 1), (1, 1), (1, 1), (3, 3)),
+    ((2, 2), (1, 1), (1, 1), (3, 3)),
+    ((1, 2), (0, 3), (2, 1), (3, 2)),
+    ((2, 2), (0, 0), (1, 1), (1, 1)),
+]
+
+
+@pytest.mark.parametrize("walk", WALKS)
+@pytest.mark.parametrize("block", [(16, 16), (64, 32)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_convolution(dtype: torch.dtype, block: tuple[int, int], walk: Any) -> None:
+    from kernels.cuda import implicit
+
+    stride, padding, dilation, kernel = walk
+    torch.manual_seed(1)
+    grid = torch.rand(128 // block[0], 64 // block[1], *kernel) < 0.4
+    mask = grid.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+    weight, bias = (torch.randn(128, 64, *kernel) * mask).to(dtype), torch.randn(128)
+    blocks = blob.read(pack.pack_conv2d(weight).data)
+    x = torch.randn(3, 64, 9, 8).to(dtype).contiguous(memory_format=torch.channels_last)
+    wide = (x.double(), weight.double(), bias.double())
+    true = F.conv2d(*wide, stride, padding, dilation)
+    out: Any = tuple(true.shape)
+    y = implicit.conv2d(blocks, x, bias, implicit.Walk(stride, padding, dilation), out, 1)
+    bound = 1e-6 if dtype is torch.float32 else 1e-3
+    assert (y.double() - true.relu()).norm() <= bound * true.norm()

@@ -25,7 +25,20 @@ def compiles(source: str, target: str, **defines: int) -> None:
 def blocks(size: int, kept: float) -> blob.Blocks:
     """What plans look at, of a square weight in blocks of 64."""
     columns, none = torch.empty(int(kept * (size // 64) ** 2)), torch.empty(0)
-    return blob.Blocks(size, size, (64, 64), none, columns, none, False, none, none, none, None)
+    return blob.Blocks(
+        blob.Form(blob.LINEAR),
+        size,
+        size,
+        (64, 64),
+        none,
+        columns,
+        none,
+        False,
+        none,
+        none,
+        none,
+        None,
+    )
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -74,3 +87,34 @@ def test_triton_compiles(side: int, turned: bool, bulk: bool) -> None:
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert "wgmma.mma_async" in made.asm["ptx"]
     assert ("cp.async.bulk.tensor" in made.asm["ptx"]) == bulk
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled then")
+@pytest.mark.parametrize("bulk", [True, False])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_convolution_compiles(stride: int, bulk: bool) -> None:
+    """To products that read their tiles where the copy engine put them."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from kernels.cuda import implicit
+
+    tiles = {"x": "16,4,1,4,64", "values": "64,64", "y": "16,4,4,64"}
+    kinds = {name: f"tensordesc<bf16[{tile}]>" for name, tile in tiles.items()}
+    kinds = kinds if bulk else dict.fromkeys(tiles, "*bf16")
+    kinds |= dict.fromkeys(("order", "starts", "columns"), "*i32") | {"bias": "*fp32"}
+    sizes = ("images", "height", "width", "out_height", "out_width", "rows")
+    kinds |= dict.fromkeys(sizes, "i32")
+    fixed: dict[str, Any] = {"HEIGHT": 64, "WIDTH": 64, "STEP": 64, "STEPS": 1, "CHANNELS": 256}
+    fixed |= {"ACROSS": 3, "STRIDE_H": stride, "STRIDE_W": stride, "PAD_H": 1, "PAD_W": 1}
+    fixed |= {"APART_H": 1, "APART_W": 1, "IMAGES": 16, "TALL": 4, "WIDE": 4, "GROUP": 1}
+    fixed |= {"SORTED": True, "BULK": bulk, "BIAS": True, "ACTIVATION": 1, "PRECISION": "tf32"}
+    fixed |= {"OUT": triton.language.bfloat16}
+    signature = {name: kinds.get(name, "constexpr") for name in implicit._conv2d.arg_names}
+    source = ASTSource(implicit._conv2d, signature, fixed)
+    options = {"num_warps": 4, "num_stages": 3}
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assert "wgmma.mma_async" in made.asm["ptx"]
+    assert ("cp.async.bulk.tensor.5d" in made.asm["ptx"]) == bulk
+    assert ("ldmatrix" in made.asm["ptx"]) is False

@@ -1,0 +1,92 @@
+"""`torch.ops.sparse_nas.sparse_conv2d` on a GPU: which kernel takes it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels.calls import activation_code, geometry
+from kernels.cuda import blob, linear
+from kernels.reference import activate
+
+
+def run(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out_channels: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str = "none",
+) -> Tensor:
+    """See `kernels.sparse_conv2d.op`; the weight was packed on a GPU, x has its dtype.
+
+    Gives a tensor whose channels lie last in memory.
+
+    Raises:
+        ValueError: the weight is malformed or does not fit, or an argument has another dtype,
+            shape or device.
+    """
+    code = activation_code("sparse_conv2d", activation)
+    blocks = blob.read(weight)
+    pairs = tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation)
+    out = geometry(x.shape, out_channels, *pairs, groups).out
+    _check(x, blocks, out_channels, pairs[0], groups)
+    linear.check("sparse_conv2d", x, blocks, bias)
+    if not out[0]:
+        return _empty(x, out)
+    kernel = chosen(blocks, x, pairs[1], pairs[2])
+    last = x.contiguous(memory_format=torch.channels_last)
+    if kernel == "dense":
+        held, wide = blocks.form.weight(blocks.values), None if bias is None else bias.to(x.dtype)
+        y = F.conv2d(last, held, wide, pairs[1], pairs[2], pairs[3], groups)
+        return activate(y, activation).contiguous(memory_format=torch.channels_last)
+    if kernel == "implicit":
+        return _implicit(blocks, last, bias, pairs[1:], out, code)
+    tokens = last.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+    y = linear.product(blocks, tokens, bias, activation)
+    return y.view(out[0], *out[2:], out[1]).permute(0, 3, 1, 2)
+
+
+def chosen(
+    blocks: blob.Blocks, x: Tensor, stride: tuple[int, ...], padding: tuple[int, ...]
+) -> str:
+    """The way for x (N, C, H, W): `linear`, `implicit`, or PyTorch's `dense`."""
+    plain = (blocks.form.kernel, blocks.form.groups) == ((1, 1), 1)
+    if plain and set(stride) == {1} and set(padding) == {0}:
+        return "linear"
+    return "dense" if blocks.dense else "implicit"
+
+
+def _implicit(
+    blocks: blob.Blocks, x: Tensor, bias: Tensor | None, pairs: Any, out: Any, code: int
+) -> Tensor:
+    from kernels.cuda import implicit  # not at the top: Triton is imported only where it is needed
+
+    wide, x = None if bias is None else bias.float(), x.clone() if x.data_ptr() % 16 else x
+    with torch.cuda.device(x.device):
+        return implicit.conv2d(blocks, x, wide, implicit.Walk(*pairs), out, code)
+
+
+def _empty(x: Tensor, out: tuple[int, ...]) -> Tensor:
+    return torch.empty(out, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _check(
+    x: Tensor, blocks: blob.Blocks, out_channels: int, kernel: tuple[int, ...], groups: int
+) -> None:
+    form = blocks.form
+    packed = (form.operation, blocks.rows, form.kernel, form.groups)
+    channels = blocks.channels // form.taps * form.groups
+    if packed != (blob.CONV2D, out_channels, kernel, groups) or channels != x.shape[1]:
+        shape = (blocks.rows, blocks.channels // form.taps, *form.kernel)
+        raise ValueError(
+            f"sparse_conv2d: the weight was packed as {shape} with groups={form.groups}; it does "
+            f"not fit in={x.shape[1]}, out_channels={out_channels}, kernel_size={kernel}, "
+            f"groups={groups}"
+        )

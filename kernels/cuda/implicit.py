@@ -1,0 +1,203 @@
+"""Sparse convolution in Triton: a program takes a row of blocks and a box of output pixels.
+
+The product is implicit: a block belongs to one kernel position, and what it multiplies is the box
+of input pixels under that position, all of which the copy engine brings at once, zeros outside the
+image included.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kernels.cuda.blob import Blocks
+from kernels.cuda.many import TYPES, activated, placed, precision
+
+Pair = tuple[int, int]
+Box = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Walk:
+    """How a convolution walks, pairs are (height, width)."""
+
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the kernel is compiled.
+
+    Attributes:
+        box: images, rows and columns of output pixels of a program, powers of two.
+        group: boxes that run side by side before the next rows of blocks.
+        sorted: whether the longest rows of blocks begin first, so that none is left at the end.
+        warps: of a program.
+        stages: steps that are under way at once.
+        step: columns of a block that are multiplied at once.
+        bulk: whether tiles are brought by the copy engine (compute capability 9.0 and newer).
+    """
+
+    box: Box
+    group: int
+    sorted: bool
+    warps: int
+    stages: int
+    step: int
+    bulk: bool
+
+
+def plan(blocks: Blocks, x: Tensor, out: tuple[int, ...], walk: Walk) -> Plan:
+    """What was fastest on an H100 for an output (N, C, H, W) and blocks of this height."""
+    images, _, height, width = out
+    pixels, wide = images * height * width, x.element_size() > 2
+    most = 256 if pixels > 2**14 and blocks.block[0] < 128 and not wide else 128
+    most = min(most, 64 if pixels < 2**10 else most)
+    warps = 8 if most * blocks.block[0] > 2**14 or wide else 4
+    step = min(64, blocks.block[1])
+    return Plan(
+        box((images, height, width), most), 1, False, warps, 3, step, _bulk(blocks, x, walk)
+    )
+
+
+def _bulk(blocks: Blocks, x: Tensor, walk: Walk) -> bool:
+    """Whether the copy engine can walk so: strides divide the image, and there is a block."""
+    if not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] < 9:
+        return False
+    whole = x.shape[2] % walk.stride[0] == 0 and x.shape[3] % walk.stride[1] == 0
+    return whole and len(blocks.columns) > 0
+
+
+@lru_cache(maxsize=4096)
+def box(sizes: Box, pixels: int) -> Box:
+    """The box of so many pixels that fills images, rows and columns with the least waste."""
+    sides = [1 << i for i in range(pixels.bit_length()) if 1 << i <= 256]
+    boxes = [(deep, tall, wide) for deep in sides for tall in sides for wide in sides]
+    return min((b for b in boxes if prod(b) == pixels), key=lambda b: (covered(sizes, b), b[0]))
+
+
+def covered(sizes: Box, box: Box) -> int:
+    """Pixels of all boxes that cover images, rows and columns."""
+    return prod(-(-size // side) * side for size, side in zip(sizes, box, strict=True))
+
+
+def conv2d(
+    blocks: Blocks,
+    x: Tensor,
+    bias: Tensor | None,
+    walk: Walk,
+    out: tuple[int, int, int, int],
+    activation: int,
+    how: Plan | None = None,
+) -> Tensor:
+    """Gives y of shape `out` (N, C, H, W) of x (N, C, H, W), both channels last; bias float32."""
+    how = how or plan(blocks, x, out, walk)
+    y = torch.empty(out, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    (images, channels, height, width), (block_rows, block_columns) = x.shape, blocks.block
+    boxes = covered((out[0], *out[2:]), how.box) // prod(how.box)
+    flat = blocks.values.view(-1, block_columns)
+    given: tuple[Any, Any] = (x, flat)
+    to: Any = y
+    if how.bulk:
+        given = (
+            TensorDescriptor.from_tensor(_by_stride(x, walk.stride), _window(how)),
+            TensorDescriptor.from_tensor(flat, [block_rows, how.step]),
+        )
+        to = TensorDescriptor.from_tensor(y.permute(0, 2, 3, 1), [*how.box, block_rows])
+    _conv2d[(boxes * (blocks.rows // block_rows),)](
+        *given, blocks.order, blocks.starts, blocks.columns,
+        bias if bias is not None else blocks.starts, to,
+        images, height, width, out[2], out[3], blocks.rows,
+        HEIGHT=block_rows, WIDTH=block_columns, STEP=how.step, STEPS=block_columns // how.step,
+        CHANNELS=channels, ACROSS=blocks.form.kernel[1],
+        STRIDE_H=walk.stride[0], STRIDE_W=walk.stride[1], PAD_H=walk.padding[0],
+        PAD_W=walk.padding[1], APART_H=walk.dilation[0], APART_W=walk.dilation[1],
+        IMAGES=how.box[0], TALL=how.box[1], WIDE=how.box[2], GROUP=how.group, SORTED=how.sorted,
+        BULK=how.bulk, BIAS=bias is not None, ACTIVATION=activation, PRECISION=precision(x),
+        OUT=TYPES[x.dtype], num_warps=how.warps, num_stages=how.stages,
+    )  # fmt: skip
+    return y
+
+
+def _by_stride(x: Tensor, stride: Pair) -> Tensor:
+    """Channels-last x so that steps of a stride are steps of one: (N, H/s, s, W/s, s * C)."""
+    images, channels, height, width = x.shape
+    down, across = height // stride[0], width // stride[1]
+    return x.permute(0, 2, 3, 1).view(images, down, stride[0], across, stride[1] * channels)
+
+
+def _window(how: Plan) -> list[int]:
+    return [how.box[0], how.box[1], 1, how.box[2], how.step]
+
+
+@triton.jit
+def _conv2d(
+    x, values, order, starts, columns, bias, y,
+    images, height, width, out_height, out_width, rows,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr,
+    CHANNELS: tl.constexpr, ACROSS: tl.constexpr,
+    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
+    APART_H: tl.constexpr, APART_W: tl.constexpr,
+    IMAGES: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr, GROUP: tl.constexpr,
+    SORTED: tl.constexpr, BULK: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr, OUT: tl.constexpr,
+):  # fmt: skip
+    PIXELS: tl.constexpr = IMAGES * TALL * WIDE
+    UP: tl.constexpr = (PAD_H + STRIDE_H - 1) // STRIDE_H  # steps, so that rests are not negative
+    LEFT: tl.constexpr = (PAD_W + STRIDE_W - 1) // STRIDE_W
+    down, across = tl.cdiv(out_height, TALL), tl.cdiv(out_width, WIDE)
+    box, line = placed(tl.cdiv(images, IMAGES) * down * across, rows // HEIGHT, GROUP)
+    if SORTED:
+        line = tl.load(order + line)
+    first = box // (down * across) * IMAGES
+    top, left = box // across % down * TALL, box % across * WIDE
+    pixel, row = tl.arange(0, PIXELS), line * HEIGHT + tl.arange(0, HEIGHT)
+    image = first + pixel // (TALL * WIDE)
+    out_row, out_column = top + pixel // WIDE % TALL, left + pixel % WIDE
+    real = (image < images) & (out_row < out_height) & (out_column < out_width)
+    lane = tl.arange(0, STEP)
+    total = tl.zeros([HEIGHT, PIXELS], tl.float32)
+    begin, end = tl.load(starts + line), tl.load(starts + line + 1)
+    next_at = tl.load(columns + begin, mask=begin < end, other=0)
+    for i in range(begin * STEPS, end * STEPS):
+        block, side = i // STEPS, i % STEPS * STEP
+        at = next_at * WIDTH + side
+        # asked for a step ahead: what it brings waits for it
+        next_at = tl.load(columns + tl.minimum((i + 1) // STEPS, end - 1))
+        tap, channel = at // CHANNELS, at % CHANNELS
+        dy = tap // ACROSS * APART_H - PAD_H + UP * STRIDE_H
+        dx = tap % ACROSS * APART_W - PAD_W + LEFT * STRIDE_W
+        if BULK:
+            w = values.load([block * HEIGHT, side])
+            window = x.load([
+                first, top - UP + dy // STRIDE_H, dy % STRIDE_H,
+                left - LEFT + dx // STRIDE_W, dx % STRIDE_W * CHANNELS + channel,
+            ])  # fmt: skip
+            part = window.reshape([PIXELS, STEP])
+        else:
+            here = tl.full([], HEIGHT * WIDTH, tl.int64) * block + side
+            w = tl.load(values + here + tl.arange(0, HEIGHT)[:, None] * WIDTH + lane[None, :])
+            in_row = (out_row - UP) * STRIDE_H + dy
+            in_column = (out_column - LEFT) * STRIDE_W + dx
+            inside = (in_row >= 0) & (in_row < height) & (in_column >= 0) & (in_column < width)
+            source = (image.to(tl.int64) * height + in_row) * width + in_column
+            from_x = x + source[:, None] * CHANNELS + channel + lane[None, :]
+            part = tl.load(from_x, mask=(inside & real)[:, None], other=0.0)
+        total = tl.dot(w, part.T, total, input_precision=PRECISION)
+    total = total.T
+    if BIAS:
+        total += tl.load(bias + row).to(tl.float32)[None, :]
+    total = activated(total, ACTIVATION).to(OUT)
+    if BULK:
+        y.store([first, top, left, line * HEIGHT], total.reshape([IMAGES, TALL, WIDE, HEIGHT]))
+    else:
+        target = (image.to(tl.int64) * out_height + out_row) * out_width + out_column
+        tl.store(y + target[:, None] * rows + row[None, :], total, mask=real[:, None])

@@ -58,15 +58,20 @@ def check(x: Tensor, weight: Tensor, bias: Any, walk: Any, activation: str = "no
 
 
 @pytest.mark.parametrize("walk", WALKS)
+@pytest.mark.parametrize("size", [(1, 7, 9), (5, 12, 18), (40, 28, 28)])
+def test_any_walk(size: Any, walk: Any) -> None:
+    *walks, kernel = walk
+    weight = masked((128, 192, *kernel), (64, 32), 0.3, torch.bfloat16)
+    x = torch.randn(size[0], 192, *size[1:], device="cuda").bfloat16()
+    check(x.contiguous(memory_format=torch.channels_last), weight, None, walks)
+
+
 @pytest.mark.parametrize("block", [(16, 16), (32, 32), (64, 64), (128, 64), (64, 16)])
 @pytest.mark.parametrize("dtype", BOUND)
-@pytest.mark.parametrize("size", [(1, 7, 9), (5, 12, 18), (40, 28, 28)])
-def test_convolution_is_right(size: Any, dtype: Any, block: Any, walk: Any) -> None:
-    *walks, kernel = walk
-    weight = masked((128, 192, *kernel), block, 0.3, dtype)
-    x = torch.randn(size[0], 192, *size[1:], device="cuda", dtype=dtype)
-    check(x.contiguous(memory_format=torch.channels_last), weight, None, walks)
-    check(x, weight, torch.randn(128, device="cuda"), walks, "silu")
+def test_any_block(dtype: Any, block: Any) -> None:
+    weight = masked((128, 192, 3, 3), block, 0.3, dtype)
+    x = torch.randn(9, 192, 14, 16, device="cuda", dtype=dtype)
+    check(x, weight, torch.randn(128, device="cuda"), WALKS[0][:3], "silu")
 
 
 @pytest.mark.parametrize("density", [0.0, 0.02, 1.0])

@@ -48,24 +48,18 @@ expand(const u32* list, const int* starts, const u16* x, const float* bias, u16*
       }
   };
   float sum[MT][NT][4] = {};
-  uint4 in[NT], next_in[NT], asked_in[NT];
+  uint4 in[NT], next_in[NT];
   const auto load_x = [&](int chunk) {
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
       const int token = n * 8 + group;
       const u16* p = x + (long long)token * channels + chunk * 32 + quad * 8;
-      asked_in[n] = token < tokens && chunk < last ? *(const uint4*)p : make_uint4(0, 0, 0, 0);
+      next_in[n] = token < tokens && chunk < last ? *(const uint4*)p : make_uint4(0, 0, 0, 0);
     }
-  };
-  const auto move_x = [&]() {
-#pragma unroll
-    for (int n = 0; n < NT; ++n) in[n] = next_in[n], next_in[n] = asked_in[n];
   };
   if (first < last) look(first), ask();
   wait_for_input();
   load_x(first);
-  move_x();
-  load_x(first + 1);
   __syncwarp();
   for (int chunk = first; chunk < last; ++chunk) {
     u32 now[MT][AHEAD];
@@ -75,8 +69,9 @@ expand(const u32* list, const int* starts, const u16* x, const float* bias, u16*
 #pragma unroll
       for (int k = 0; k < AHEAD; ++k) now[m][k] = next[m][k];
     }
-    move_x();
-    load_x(chunk + 2);
+#pragma unroll
+    for (int n = 0; n < NT; ++n) in[n] = next_in[n];
+    load_x(chunk + 1);
     look(chunk + 1);
 #pragma unroll
     for (int m = 0; m < MT; ++m) {

@@ -98,6 +98,7 @@ def test_a_1x1_of_few_pixels_and_zeros_anywhere() -> None:
     check(torch.randn(1, 256, 4, 5, device="cuda").half(), weight, None, WALKS[2][:3], "relu")
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")  # torch's own
 def test_odd_inputs_graphs_and_compile() -> None:
     weight = masked((64, 64, 3, 3), (16, 32), 0.4, torch.float16)
     walk = WALKS[0][:3]

@@ -157,6 +157,7 @@ def test_a_weight_comes_back_and_moves(block: tuple[int, int]) -> None:
     assert torch.equal(linear(x, moved, None, 256), linear(x, packed.data, None, 256))
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")  # torch's own
 def test_graphs_and_compile() -> None:
     weight, x = (
         masked(256, 256, (32, 32), 0.3, torch.bfloat16),

@@ -30,7 +30,7 @@ from scripts.gpu_timing import (
     rotated,
 )
 
-PIXELS = 20  # calls of a convolution in a graph
+MANY, PIXELS = 8, 20  # calls in a graph where copies are not rotated, of a convolution
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Linear:
             close(y, F.linear(x.double(), weight.double())),
             linear.chosen(blob.read(packed.data), x),
             weight,
-            rotated(weight) if self.tokens <= 64 else 1,
+            rotated(weight) if self.tokens <= 64 else MANY,
             lambda _: partial(_linear, x, packed.data.clone()),
             lambda w: partial(F.linear, x, w),
             self._peers(x),
@@ -150,7 +150,11 @@ class Conv2d:
 
 def blocks(shape: tuple[int, ...], side: int, sparsity: float) -> Tensor:
     """A mask of square blocks of (out, in), at each kernel position."""
-    grid = torch.rand(shape[0] // side, shape[1] // side, *shape[2:], device="cuda") >= sparsity
+    drawn = torch.rand(shape[0] // side, shape[1] // side, *shape[2:], device="cuda")
+    kept = round((1 - sparsity) * drawn.numel())
+    chosen = drawn.flatten().argsort()[:kept]
+    grid = torch.zeros_like(drawn, dtype=torch.bool).flatten().index_fill_(0, chosen, True)
+    grid = grid.view(drawn.shape)
     return grid.repeat_interleave(side, 0).repeat_interleave(side, 1)
 
 

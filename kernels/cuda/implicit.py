@@ -14,10 +14,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.cuda.blob import Blocks
-from kernels.cuda.many import TYPES, activated, placed, precision
+from kernels.cuda.many import TYPES, activated, early, placed, precision
 
 Pair = tuple[int, int]
 Box = tuple[int, int, int]
@@ -43,7 +44,8 @@ class Plan:
         warps: of a program.
         stages: steps that are under way at once.
         step: columns of a block that are multiplied at once.
-        bulk: whether tiles are brought by the copy engine (compute capability 9.0 and newer).
+        bulk: whether tiles are brought by the copy engine, and a program may begin before the
+            kernel before it has ended (compute capability 9.0 and newer).
     """
 
     box: Box
@@ -119,6 +121,7 @@ def conv2d(
         IMAGES=how.box[0], TALL=how.box[1], WIDE=how.box[2], GROUP=how.group, SORTED=how.sorted,
         BULK=how.bulk, BIAS=bias is not None, ACTIVATION=activation, PRECISION=precision(x),
         OUT=TYPES[x.dtype], num_warps=how.warps, num_stages=how.stages,
+        **early(how.bulk),
     )  # fmt: skip
     return y
 
@@ -163,6 +166,9 @@ def _conv2d(
     total = tl.zeros([HEIGHT, PIXELS], tl.float32)
     begin, end = tl.load(starts + line), tl.load(starts + line + 1)
     next_at = tl.load(columns + begin, mask=begin < end, other=0)
+    if BULK:
+        gdc_launch_dependents()
+        gdc_wait()  # for x; what came before reads the weight
     for i in range(begin * STEPS, end * STEPS):
         block, side = i // STEPS, i % STEPS * STEP
         at = next_at * WIDTH + side

@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.cuda.blob import Blocks
@@ -24,7 +25,8 @@ class Plan:
         warps: of a program.
         stages: steps that are under way at once.
         step: columns of a block that are multiplied at once.
-        bulk: whether tiles are brought by the copy engine (compute capability 9.0 and newer).
+        bulk: whether tiles are brought by the copy engine, and a program may begin before the
+            kernel before it has ended (compute capability 9.0 and newer).
     """
 
     tokens: int
@@ -38,7 +40,7 @@ class Plan:
 
 
 def plan(blocks: Blocks, x: Tensor) -> Plan:
-    """What was fastest on an H100 for blocks of this height."""
+    """What was fastest on an H200 for blocks of this height."""
     some = len(blocks.columns) > 0  # a descriptor of nothing is refused
     bulk = some and x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
     wide, step = x.element_size() > 2, min(64, blocks.block[1])
@@ -46,6 +48,8 @@ def plan(blocks: Blocks, x: Tensor) -> Plan:
     if blocks.block[0] >= 128:
         how = (8, 2) if wide else (4, 3)
         return Plan(128 if len(x) > 64 else 64, False, 16 if few else 8, few, *how, step, bulk)
+    if blocks.block[0] == 64 and len(x) > 4096 and not wide:
+        return Plan(512, True, 1, False, 8, 3, step, bulk)
     tokens = 256 if len(x) > 128 and not wide else 128 if len(x) > 64 else 64
     return Plan(tokens, True, 4 if few else 2, few, 4, 2, step, bulk)
 
@@ -74,7 +78,7 @@ def linear(
         TOKENS=how.tokens, TURNED=how.turned, GROUP=how.group, SORTED=how.sorted,
         BULK=how.bulk, BIAS=bias is not None, ACTIVATION=activation,
         PRECISION=precision(x), OUT=TYPES[x.dtype],
-        num_warps=how.warps, num_stages=how.stages,
+        num_warps=how.warps, num_stages=how.stages, **early(how.bulk),
     )  # fmt: skip
     return y
 
@@ -86,6 +90,11 @@ def precision(x: Tensor) -> str:
     """How float32 is multiplied: as it is, or rounded to TF32 where torch is told to do so."""
     rounded = x.dtype is not torch.float32 or torch.backends.cuda.matmul.allow_tf32
     return "tf32" if rounded else "ieee"
+
+
+def early(possible: bool) -> dict[str, bool]:
+    """A launch's options, with which it need not wait for the kernel before it to end."""
+    return {"launch_pdl": True} if possible else {}
 
 
 @triton.jit
@@ -129,6 +138,9 @@ def _linear(
     total = tl.zeros([HEIGHT, TOKENS] if TURNED else [TOKENS, HEIGHT], tl.float32)
     begin, end = tl.load(starts + line), tl.load(starts + line + 1)
     next_at = tl.load(columns + begin, mask=begin < end, other=0)
+    if BULK:
+        gdc_launch_dependents()
+        gdc_wait()  # for x; what came before reads the weight
     for i in range(begin * STEPS, end * STEPS):
         block, side = i // STEPS, i % STEPS * STEP
         at = next_at * WIDTH + side

@@ -140,6 +140,22 @@ def _tiles(weight: Tensor) -> tuple[Tensor, Tensor]:
     )
     tile, place = tiles.nonzero(as_tuple=True)
     counts = torch.bincount(tile, minlength=len(tiles))
+    spread = _spread(tile, place)
+    tile, place = tile[spread], place[spread]
     bits = tiles[tile, place].view(torch.int16).int()
     starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     return starts.int(), 2 * place.int() | (bits << 16)
+
+
+def _spread(tile: Tensor, place: Tensor) -> Tensor:
+    """An order in each tile in which neighbours go to different banks of shared memory.
+
+    A bank holds every 32nd pair of places; the first of every bank come before the second.
+    """
+    bank = place // 2 % 32
+    by_bank = (tile * 32 + bank).argsort(stable=True)
+    which = (tile * 32 + bank)[by_bank]
+    counts = torch.unique_consecutive(which, return_counts=True)[1]
+    begins = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    turn = torch.arange(len(which), device=which.device) - begins
+    return by_bank[((which // 32 * 16 + turn) * 32 + which % 32).argsort(stable=True)]

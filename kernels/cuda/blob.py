@@ -16,7 +16,7 @@ from kernels.patterns import pattern_of
 VERSION = 2
 LINEAR, CONV2D = 1, 2
 OPERATIONS = {LINEAR: "sparse_linear", CONV2D: "sparse_conv2d"}
-DENSE, BLOCKS, ENTRIES = 0, 1, 2
+DENSE, BLOCKS, ENTRIES, CHANNEL = 0, 1, 2, 3
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SIZES = (128, 64, 32, 16)  # rows or columns of a block
 LARGE = 2**24  # weights from which PyTorch's 2:4 was faster than dense
@@ -82,18 +82,21 @@ class Blocks:
         form: what it is the weight of.
         rows: output features or channels.
         channels: columns of the matrix: input features, or kernel positions times input channels.
-        block: (rows, columns) of a block; of a dense weight its shape.
+        block: (rows, columns) of a block; of a weight that is not in blocks its shape.
         starts: (rows / block rows + 1,) int32, where each row of blocks begins; or (rows + 1,),
             where each row of entries does, a multiple of 4.
         columns: (blocks,) int32, which column of blocks each is in, ascending in a row; or
-            (entries,): a column below, the bits of a value of 16 bits above.
-        values: (blocks, block rows, block columns), or (rows, channels) of a dense weight.
+            (entries,): a column below, the bits of a value of 16 bits above; or which rows are
+            kept of a channel pattern, ascending.
+        values: (blocks, block rows, block columns), or (rows, channels) of a dense weight, or
+            (rows kept, channels) of a channel pattern.
         dense: whether the whole weight is stored, perhaps with its entries.
         tiles: (tiles + 1,) int32, or empty: where the entries begin of each tile of 16 rows and 32
             columns, a row of tiles after another.
         kept: (entries,) int32, those of all tiles: a place below, twice what `_tiles` counts, and
             the bits of a value above.
-        order: (rows / block rows,) int32, rows of blocks, longest first; made when read.
+        order: (rows / block rows,) int32, rows of blocks, longest first, or int64 the rows that
+            are kept of a channel pattern; made when read.
         two_of_four: the weight as PyTorch's kernels want it where two of every four along a row
             are kept at most and the whole is stored, or None; made when read.
     """
@@ -115,6 +118,11 @@ class Blocks:
     def has_entries(self) -> bool:
         """Whether non-zeros are stored one by one beside the whole weight."""
         return self.dense and len(self.starts) > 0
+
+    @property
+    def is_channel(self) -> bool:
+        """Whether whole rows are stored, and others are zero."""
+        return not self.dense and len(self.starts) == 0
 
 
 def read(data: Tensor) -> Blocks:
@@ -177,6 +185,9 @@ def unpack(blocks: Blocks) -> Tensor:
     """The dense weight as a matrix (rows, channels)."""
     if blocks.dense:
         return blocks.values
+    if blocks.is_channel:
+        zeros = blocks.values.new_zeros(blocks.rows, blocks.channels)
+        return zeros.index_copy_(0, blocks.order, blocks.values)
     height, width = blocks.block
     counts = blocks.starts.diff().long()
     row = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
@@ -220,7 +231,7 @@ def _parse(data: Tensor) -> Blocks:
     rows, channels, height, width, count, _ = (int(head[name]) for name in _INTS[:6])
     dtype, kind, kept = (int(head[name]) for name in _INTS[6:9])
     form = _form(head)
-    _rule(kind in (DENSE, BLOCKS, ENTRIES), "kind", "0, 1 or 2", kind)
+    _rule(kind in (DENSE, BLOCKS, ENTRIES, CHANNEL), "kind", "0, 1, 2 or 3", kind)
     _rule(dtype in DTYPES.values(), "dtype", "0, 1 or 2", dtype)
     _rule(min(rows, channels, count, kept) >= 0, "shape", "non-negative", (rows, channels, count))
     if kind == BLOCKS:
@@ -231,11 +242,12 @@ def _parse(data: Tensor) -> Blocks:
     else:
         _rule((height, width) == (rows, channels), "block", "the whole", (height, width))
     stored = next(known for known, number in DTYPES.items() if number == dtype)
-    lines = {DENSE: 0, ENTRIES: rows + 1}.get(kind, rows // max(1, height) + 1)
+    lines = {DENSE: 0, CHANNEL: 0, ENTRIES: rows + 1}.get(kind, rows // max(1, height) + 1)
     _rule(kind != DENSE or count == 0, "entries", "none", count)
     _rule(kind != ENTRIES or stored.itemsize == 2, "dtype of entries", "of 2 bytes", stored)
     _rule(kind != ENTRIES or form.taps == form.groups == 1, "kernel of entries", "1x1", form)
-    size = count * height * width if kind == BLOCKS else rows * channels
+    _rule(kind != CHANNEL or form.groups == 1, "groups of a channel pattern", "1", form.groups)
+    size = {BLOCKS: count * height * width, CHANNEL: count * channels}.get(kind, rows * channels)
     tiled = kind == ENTRIES and rows % 16 == 0 and channels % 32 == 0
     tiles = rows * channels // 512 if tiled else 0
     _rule(tiled or kept == 0, "kept", "none", kept)
@@ -249,9 +261,11 @@ def _parse(data: Tensor) -> Blocks:
     parts = [data[o : o + n] for o, n in zip(offsets, lengths, strict=True)]
     starts, columns = (part.view(torch.int32) for part in parts[:2])
     values = parts[2].view(stored)
-    whole = kind != BLOCKS
-    values = values.view(rows, channels) if whole else values.view(count, height, width)
+    whole = kind in (DENSE, ENTRIES)
+    shapes = {BLOCKS: (count, height, width), CHANNEL: (count, channels)}
+    values = values.view(shapes.get(kind, (rows, channels)))
     order = starts.diff().argsort(descending=True, stable=True).int()
+    order = columns.long() if kind == CHANNEL else order
     tail = (parts[3].view(torch.int32), parts[4].view(torch.int32), order)
     semi = _two_of_four(values) if whole and form.taps == form.groups == 1 else None
     sizes = (form, rows, channels, (height, width))
@@ -291,6 +305,10 @@ def _two_of_four(weight: Tensor) -> Tensor | None:
 
 
 def _check_index(blocks: Blocks) -> None:
+    if blocks.is_channel:
+        rows = blocks.order
+        inside = bool(((rows >= 0) & (rows < blocks.rows)).all() & (rows.diff() > 0).all())
+        _rule(inside, "rows", f"ascending in [0, {blocks.rows})", "others")
     if not len(blocks.starts):
         return
     if blocks.has_entries:
@@ -340,6 +358,8 @@ def meta_of(data: Tensor, pattern: str) -> dict[str, Any]:
         "groups": form.groups,
         "dtype": str(stored).removeprefix("torch."),
         "pattern": pattern,
-        "block": {DENSE: "dense", ENTRIES: "1x1"}.get(int(head["kind"]), block),
+        "block": {DENSE: "dense", ENTRIES: "1x1", CHANNEL: "channel"}.get(
+            int(head["kind"]), block
+        ),
         "nonzeros": int(head["nonzeros"]),
     }

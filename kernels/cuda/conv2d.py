@@ -42,6 +42,11 @@ def run(
         return _empty(x, out)
     kernel = chosen(blocks, x, pairs[1], pairs[2])
     last = x.contiguous(memory_format=torch.channels_last)
+    if kernel == "channel":
+        held = None if bias is None else bias[blocks.order].to(x.dtype)
+        y = F.conv2d(last, blocks.form.weight(blocks.values), held, *pairs[1:])
+        flat = activate(y, activation).permute(0, 2, 3, 1).reshape(-1, len(blocks.order))
+        return _images(linear.spread(flat, blocks, bias, activation), out)
     if kernel == "dense":
         held, wide = blocks.form.weight(blocks.values), None if bias is None else bias.to(x.dtype)
         y = F.conv2d(last, held, wide, pairs[1], pairs[2], pairs[3], groups)
@@ -50,17 +55,24 @@ def run(
         return _implicit(blocks, last, bias, pairs[1:], out, code)
     tokens = last.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
     y = linear.product(blocks, tokens, bias, activation)
-    return y.view(out[0], *out[2:], out[1]).permute(0, 3, 1, 2)
+    return _images(y, out)
 
 
 def chosen(
     blocks: blob.Blocks, x: Tensor, stride: tuple[int, ...], padding: tuple[int, ...]
 ) -> str:
-    """The way for x (N, C, H, W): `linear`, `implicit`, or PyTorch's `dense`."""
+    """The way for x (N, C, H, W): `linear`, `implicit`, or PyTorch's `dense` or `channel`."""
     plain = (blocks.form.kernel, blocks.form.groups) == ((1, 1), 1)
     if plain and set(stride) == {1} and set(padding) == {0}:
         return "linear"
+    if blocks.is_channel:
+        return "channel"
     return "dense" if blocks.dense else "implicit"
+
+
+def _images(y: Tensor, out: tuple[int, ...]) -> Tensor:
+    """Pixels (N * H * W, C) as (N, C, H, W), channels last."""
+    return y.view(out[0], *out[2:], out[1]).permute(0, 3, 1, 2)
 
 
 def _implicit(

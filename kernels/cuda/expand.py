@@ -41,7 +41,7 @@ def plan(blocks: Blocks, x: Tensor) -> Plan:
     mean = 512 * len(blocks.kept) / max(1, blocks.rows * blocks.channels)
     ahead = max(1, min(4, ceil((mean + 1.5 * mean**0.5) / 32)))
     warps = 8 if wide and tiles > 256 else 16
-    fit = [Plan(t, warps, ahead) for t in ((2,) if wide else (4, 2)) if tiles % t == 0]
+    fit = [Plan(t, warps, ahead) for t in ((2,) if wide else (4,)) if tiles % t == 0]
     enough = [how for how in fit if tiles // how.tiles >= _PROGRAMS]
     enough = [how for how in enough if _shared(how, _width(len(x))) <= room]
     return enough[0] if enough else Plan(1, warps, ahead)

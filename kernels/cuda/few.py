@@ -37,7 +37,7 @@ class Plan:
 def takes(blocks: Blocks, x: Tensor) -> bool:
     """Whether this kernel computes it: bfloat16 or float16, blocks of 32 columns or more."""
     narrow = x.dtype in (torch.bfloat16, torch.float16)
-    fits = not blocks.dense and blocks.block[1] >= 32 and len(x) <= MOST_TOKENS
+    fits = blocks.block[1] >= 32 and len(x) <= MOST_TOKENS
     return narrow and fits and available(x.device.index)
 
 

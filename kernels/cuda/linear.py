@@ -38,6 +38,11 @@ def product(blocks: blob.Blocks, x: Tensor, bias: Tensor | None, activation: str
     if not len(tokens):
         return x.new_empty(0, blocks.rows)
     kernel = chosen(blocks, tokens)
+    if kernel == "channel":
+        held = None if bias is None else bias[blocks.order].to(x.dtype)
+        return spread(
+            activate(F.linear(tokens, blocks.values, held), activation), blocks, bias, activation
+        )
     if kernel in ("dense", "two_of_four"):
         wide = None if bias is None else bias.to(x.dtype)
         held = blocks.values if kernel == "dense" else blocks.two_of_four
@@ -49,8 +54,21 @@ def product(blocks: blob.Blocks, x: Tensor, bias: Tensor | None, activation: str
         return y
 
 
+def spread(kept: Tensor, blocks: blob.Blocks, bias: Tensor | None, activation: str) -> Tensor:
+    """Gives (n, rows) of what a channel pattern keeps (n, rows kept); of others the bias."""
+    y = kept.new_zeros(len(kept), blocks.rows)
+    if bias is not None:
+        y.copy_(activate(bias.float(), activation))
+    return y.index_copy_(1, blocks.order, kept)
+
+
 def chosen(blocks: blob.Blocks, tokens: Tensor) -> str:
-    """The kernel for x (tokens, channels): a module here, or PyTorch's `dense`, `two_of_four`."""
+    """The kernel for x (tokens, channels): a module here, or what PyTorch's product is given.
+
+    That is the whole weight (`dense`, `two_of_four`) or the rows that are kept (`channel`).
+    """
+    if blocks.is_channel:
+        return "channel"
     if blocks.dense:
         if entries.takes(blocks, tokens):
             return "entries"

@@ -48,8 +48,8 @@ def plan(blocks: Blocks, x: Tensor) -> Plan:
     if blocks.block[0] >= 128:
         how = (8, 2) if wide else (4, 3)
         return Plan(128 if len(x) > 64 else 64, False, 16 if few else 8, few, *how, step, bulk)
-    if blocks.block[0] == 64 and len(x) > 4096 and not wide:
-        return Plan(512, True, 1, False, 8, 3, step, bulk)
+    if blocks.block[0] == 64 and len(x) * blocks.rows >= 2**24 and not wide:
+        return Plan(512, True, 1, few, 8, 3, step, bulk)
     tokens = 256 if len(x) > 128 and not wide else 128 if len(x) > 64 else 64
     return Plan(tokens, True, 4 if few else 2, few, 4, 2, step, bulk)
 

@@ -16,8 +16,9 @@ def pack_linear(weight: Tensor) -> Packed:
 
     Args:
         weight: (out, in), float32, bfloat16 or float16, on a CUDA device; blocks of zeros are left
-            out where that saves enough, else it is stored dense, for many tokens; of two bytes and
-            with few non-zeros also non-zero by non-zero, for few.
+            out where that saves enough, or whole rows where the others are full, else it is
+            stored dense, for many tokens; of two bytes and with few non-zeros also non-zero by
+            non-zero, for few.
 
     Raises:
         ValueError: not two dimensions, or another dtype.
@@ -79,6 +80,14 @@ def _block(matrix: Tensor, form: b.Form) -> tuple[int, int] | None:
     return max(block for block, size in stored.items() if size <= 1.1 * least)
 
 
+def _channel(matrix: Tensor, form: b.Form) -> Tensor | None:
+    """Which rows are kept where all others are zero and that saves enough; or None."""
+    kept = matrix.ne(0)
+    rows = kept.any(1)
+    few = form.groups == 1 and 0 < int(rows.sum()) <= WORTH * len(rows)
+    return rows.nonzero()[:, 0] if few and bool((rows == kept.all(1)).all()) else None
+
+
 def _grid(matrix: Tensor, height: int, width: int) -> Tensor:
     """The blocks: (rows of blocks, columns of blocks, height, width)."""
     rows, columns = matrix.shape
@@ -87,10 +96,13 @@ def _grid(matrix: Tensor, height: int, width: int) -> Tensor:
 
 def _write(matrix: Tensor, form: b.Form) -> Tensor:
     rows, columns = matrix.shape
-    block = _block(matrix, form)
+    rows_kept = _channel(matrix, form)
+    block = _block(matrix, form) if rows_kept is None else None
     starts = places = tiles = kept = torch.zeros(0, dtype=torch.int32, device=matrix.device)
     values, kind = matrix.contiguous(), b.DENSE if block is None else b.BLOCKS
-    if block is None and _has_entries(matrix, form):
+    if rows_kept is not None:
+        places, values, kind = rows_kept.int(), matrix[rows_kept], b.CHANNEL
+    elif block is None and _has_entries(matrix, form):
         (starts, places), kind = _entries(values), b.ENTRIES
         if rows % 16 == 0 and columns % 32 == 0:
             tiles, kept = _tiles(values)

@@ -59,6 +59,21 @@ def test_a_convolution_comes_back(kernel: tuple[int, int], block: tuple[int, int
     assert torch.equal(blob.read(whole.data).form.weight(blob.read(whole.data).values), weight)
 
 
+@pytest.mark.parametrize("shape", [(30, 20), (64, 32, 3, 3)])
+def test_a_channel_pattern_keeps_whole_rows(shape: tuple[int, ...]) -> None:
+    weight = torch.ones(shape).double().half()
+    weight[torch.arange(shape[0]) % 3 > 0] = 0
+    packed = pack.pack_linear(weight) if len(shape) == 2 else pack.pack_conv2d(weight)
+    blob.validate(packed.data, packed.meta)
+    found = blob.read(packed.data)
+    assert packed.meta["pattern"] == packed.meta["block"] == "channel"
+    assert found.is_channel and found.order.tolist() == [*range(0, shape[0], 3)]
+    assert torch.equal(found.form.weight(blob.unpack(found)), weight)
+    found.columns[0] = 5
+    with pytest.raises(ValueError, match="rows must be ascending"):
+        blob.read(packed.data)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     rows=st.integers(0, 80),

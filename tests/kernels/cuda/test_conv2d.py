@@ -92,6 +92,16 @@ def test_groups_and_zeros_anywhere_are_dense(groups: int) -> None:
     assert torch.equal(kernels.dense(packed), weight)
 
 
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_whole_channels(kernel: int) -> None:
+    weight = torch.randn(96, 32, kernel, kernel, device="cuda").half() / kernel
+    weight[torch.rand(96) < 0.6] = 0
+    walk = ((2, 2), (kernel // 2,) * 2, (1, 1))
+    x = torch.randn(3, 32, 9, 9, device="cuda").half()
+    check(x, weight, torch.randn(96, device="cuda"), walk, "silu")
+    assert kernels.pack_conv2d(weight).meta["block"] == "channel"
+
+
 def test_a_1x1_of_few_pixels_and_zeros_anywhere() -> None:
     weight = masked((512, 256, 1, 1), (1, 1), 0.1, torch.half)
     check(torch.randn(1, 256, 1, 1, device="cuda").half(), weight, None, WALKS[2][:3])

@@ -123,6 +123,17 @@ def test_zeros_anywhere(tokens: int, shape: tuple[int, int], dtype: torch.dtype)
     check(x, weight, bias, "silu")
 
 
+@pytest.mark.parametrize("dtype", BOUND)
+@pytest.mark.parametrize("tokens", [1, 300])
+def test_whole_rows(tokens: int, dtype: torch.dtype) -> None:
+    weight = torch.randn(100, 48, device="cuda", dtype=dtype)
+    weight[torch.rand(100) < 0.6] = 0
+    x = torch.randn(tokens, 48, device="cuda", dtype=dtype)
+    assert chosen(blob.read(kernels.pack_linear(weight).data), x) == "channel"
+    check(x, weight)
+    check(x, weight, torch.randn(100, device="cuda"), "gelu")
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_two_of_four(dtype: torch.dtype) -> None:
     weight = torch.randn(4096, 4096, device="cuda")

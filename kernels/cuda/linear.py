@@ -25,7 +25,8 @@ def run(
     code = activation_code("sparse_linear", activation)
     blocks = blob.read(weight)
     _check(x, blocks, bias, out_features)
-    shape, tokens = (*x.shape[:-1], out_features), _aligned(x)
+    shape = (*x.shape[:-1], out_features)
+    tokens = aligned(x.reshape(x.shape[:-1].numel(), x.shape[-1]))
     if not len(tokens):
         return x.new_empty(shape)
     kernel = chosen(blocks, tokens)
@@ -59,10 +60,10 @@ def _module(kernel: str) -> Any:
     return {"few": few, "entries": entries, "expand": expand}[kernel]
 
 
-def _aligned(x: Tensor) -> Tensor:
-    """Gives x as (tokens, channels), contiguous, from a multiple of 16 bytes on."""
-    tokens = x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
-    return tokens.clone() if tokens.data_ptr() % 16 else tokens
+def aligned(x: Tensor) -> Tensor:
+    """Gives x contiguous and from a multiple of 16 bytes on, as the copy engine wants it."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
 
 
 def _check(x: Tensor, blocks: blob.Blocks, bias: Tensor | None, out_features: int) -> None:

@@ -1,9 +1,11 @@
 """Sparse kernels: weights packed as bytes, and `torch.ops.sparse_nas` that runs them."""
 
+import kernels.block_linear.op
 import kernels.network.op
 import kernels.sparse_conv2d.op
 import kernels.sparse_linear.op  # noqa: F401  the imports register the operators
 from kernels import network
+from kernels.block_linear.layer import BlockLinear
 from kernels.packed import Packed, dense, pack_conv2d, pack_linear, validate
 
-__all__ = ["Packed", "dense", "network", "pack_conv2d", "pack_linear", "validate"]
+__all__ = ["BlockLinear", "Packed", "dense", "network", "pack_conv2d", "pack_linear", "validate"]

@@ -18,7 +18,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.cuda.blob import Blocks
-from kernels.cuda.many import TYPES, activated, early, placed, precision
+from kernels.cuda.linear import precision
+from kernels.cuda.many import TYPES, activated, early, placed
 
 Pair = tuple[int, int]
 Box = tuple[int, int, int]
@@ -70,6 +71,8 @@ def _bulk(blocks: Blocks, x: Tensor, walk: Walk) -> bool:
     """Whether the copy engine can walk so: strides divide the image, and there is a block."""
     if not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] < 9:
         return False
+    if x.element_size() > 2 and precision() != "tf32":  # tiles would spill
+        return False
     whole = x.shape[2] % walk.stride[0] == 0 and x.shape[3] % walk.stride[1] == 0
     return whole and len(blocks.columns) > 0
 
@@ -119,7 +122,7 @@ def conv2d(
         STRIDE_H=walk.stride[0], STRIDE_W=walk.stride[1], PAD_H=walk.padding[0],
         PAD_W=walk.padding[1], APART_H=walk.dilation[0], APART_W=walk.dilation[1],
         IMAGES=how.box[0], TALL=how.box[1], WIDE=how.box[2], GROUP=how.group, SORTED=how.sorted,
-        BULK=how.bulk, BIAS=bias is not None, ACTIVATION=activation, PRECISION=precision(x),
+        BULK=how.bulk, BIAS=bias is not None, ACTIVATION=activation, PRECISION=precision(),
         OUT=TYPES[x.dtype], num_warps=how.warps, num_stages=how.stages,
         **early(how.bulk),
     )  # fmt: skip

@@ -34,7 +34,7 @@ def run(
 
 def product(blocks: blob.Blocks, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """Gives act(x W^T + b) (tokens, rows), contiguous, of x (tokens, channels)."""
-    code, tokens = activation_code("sparse_linear", activation), _aligned(x)
+    code, tokens = activation_code("sparse_linear", activation), aligned(x)
     if not len(tokens):
         return x.new_empty(0, blocks.rows)
     kernel = chosen(blocks, tokens)
@@ -87,10 +87,15 @@ def _module(kernel: str) -> Any:
     return {"few": few, "entries": entries, "expand": expand}[kernel]
 
 
-def _aligned(x: Tensor) -> Tensor:
-    """Gives x contiguous, from a multiple of 16 bytes on."""
+def aligned(x: Tensor) -> Tensor:
+    """Gives x contiguous and from a multiple of 16 bytes on, as the copy engine wants it."""
     x = x.contiguous()
     return x.clone() if x.data_ptr() % 16 else x
+
+
+def precision() -> str:
+    """Of products in float32: what PyTorch's own matrix products on a GPU use."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def _mismatch(x: Tensor, blocks: blob.Blocks, out_features: int) -> str:

@@ -10,7 +10,48 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels.block_linear.index import BlockIndex
 from kernels.cuda.blob import Blocks
+from kernels.cuda.linear import precision
+
+
+@dataclass(frozen=True, eq=False)
+class Walk:
+    """Blocks of a weight in the order in which a product takes them.
+
+    Attributes:
+        rows: of the weight.
+        channels: its columns.
+        block: (rows, columns) of a block.
+        starts: (rows / block rows + 1,) int32, where each row of blocks begins.
+        columns: (blocks,) int32, which column of blocks each is in.
+        order: (rows / block rows,) int32, rows of blocks, longest first.
+        values: (blocks, block rows, block columns).
+        places: None, or (blocks,) int32, which of `values` each block is; there it is transposed:
+            (blocks, block columns, block rows).
+    """
+
+    rows: int
+    channels: int
+    block: tuple[int, int]
+    starts: Tensor
+    columns: Tensor
+    order: Tensor
+    values: Tensor
+    places: Tensor | None = None
+
+
+def by_rows(index: BlockIndex, values: Tensor) -> Walk:
+    """The weight of an index; values (blocks, h, w)."""
+    sizes, lists = (index.out_features, index.in_features), (index.starts, index.columns)
+    return Walk(*sizes, index.block, *lists, index.order, values)
+
+
+def by_columns(index: BlockIndex, values: Tensor) -> Walk:
+    """The weight of an index transposed; values (blocks, h, w) stay as they lie."""
+    sizes, lists = (index.in_features, index.out_features), (index.column_starts, index.rows)
+    block = (index.block[1], index.block[0])
+    return Walk(*sizes, block, *lists, index.column_order, values, index.places)
 
 
 @dataclass(frozen=True)
@@ -39,11 +80,12 @@ class Plan:
     bulk: bool
 
 
-def plan(blocks: Blocks, x: Tensor) -> Plan:
+def plan(blocks: Blocks | Walk, x: Tensor, rounding: str = "ieee") -> Plan:
     """What was fastest on an H200 for blocks of this height."""
     some = len(blocks.columns) > 0  # a descriptor of nothing is refused
-    bulk = some and x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
     wide, step = x.element_size() > 2, min(64, blocks.block[1])
+    some &= not wide or rounding == "tf32"  # its tiles would spill
+    bulk = some and x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
     few = len(x) <= 4096  # waves of programs: the longest decides
     if blocks.block[0] >= 128:
         how = (8, 2) if wide else (4, 3)
@@ -58,38 +100,48 @@ def linear(
     blocks: Blocks, x: Tensor, bias: Tensor | None, activation: int, how: Plan | None = None
 ) -> Tensor:
     """Gives y (tokens, rows) of x (tokens, channels), contiguous; bias float32."""
-    how = how or plan(blocks, x)
-    y = x.new_empty(len(x), blocks.rows)
-    height, width = blocks.block
-    tiles, lines = triton.cdiv(len(x), how.tokens), blocks.rows // height
-    flat = blocks.values.view(-1, width)
+    index = (blocks.starts, blocks.columns, blocks.order)
+    walk = Walk(blocks.rows, blocks.channels, blocks.block, *index, blocks.values)
+    return product(walk, x, bias, activation, how, precision())
+
+
+def product(
+    walk: Walk,
+    x: Tensor,
+    bias: Tensor | None,
+    activation: int = 0,
+    how: Plan | None = None,
+    rounding: str = "ieee",
+) -> Tensor:
+    """Gives y (tokens, rows) of x (tokens, channels), contiguous; rounding: of float32."""
+    how = how or plan(walk, x, rounding)
+    y = x.new_empty(len(x), walk.rows)
+    height, width = walk.block
+    tiles, lines = triton.cdiv(len(x), how.tokens), walk.rows // height
+    flat = walk.values.view(-1, walk.values.shape[2])
     given: tuple[Any, Any] = (x, flat)
     to: Any = y
     if how.bulk:
+        tile = [height, how.step] if walk.places is None else [how.step, height]
         given = (
             TensorDescriptor.from_tensor(x, [how.tokens, how.step]),
-            TensorDescriptor.from_tensor(flat, [height, how.step]),
+            TensorDescriptor.from_tensor(flat, tile),
         )
         to = TensorDescriptor.from_tensor(y, [how.tokens, height])
     _linear[(tiles * lines,)](
-        *given, blocks.order, blocks.starts, blocks.columns,
-        bias if bias is not None else blocks.starts, to, len(x), blocks.channels, blocks.rows,
+        *given, walk.order, walk.starts, walk.columns,
+        walk.starts if walk.places is None else walk.places,
+        bias if bias is not None else walk.starts, to, len(x), walk.channels, walk.rows,
         HEIGHT=height, WIDTH=width, STEP=how.step, STEPS=width // how.step,
         TOKENS=how.tokens, TURNED=how.turned, GROUP=how.group, SORTED=how.sorted,
-        BULK=how.bulk, BIAS=bias is not None, ACTIVATION=activation,
-        PRECISION=precision(x), OUT=TYPES[x.dtype],
+        BULK=how.bulk, PLACES=walk.places is not None, BIAS=bias is not None,
+        ACTIVATION=activation, PRECISION=rounding, OUT=TYPES[x.dtype],
         num_warps=how.warps, num_stages=how.stages, **early(how.bulk),
     )  # fmt: skip
     return y
 
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-def precision(x: Tensor) -> str:
-    """How float32 is multiplied: as it is, or rounded to TF32 where torch is told to do so."""
-    rounded = x.dtype is not torch.float32 or torch.backends.cuda.matmul.allow_tf32
-    return "tf32" if rounded else "ieee"
 
 
 def early(possible: bool) -> dict[str, bool]:
@@ -123,37 +175,36 @@ def placed(tiles, lines, GROUP: tl.constexpr):
 
 @triton.jit
 def _linear(
-    x, values, order, starts, columns, bias, y,
+    x, values, order, starts, columns, places, bias, y,
     tokens, channels, rows,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr,
-    TOKENS: tl.constexpr, TURNED: tl.constexpr, GROUP: tl.constexpr,
-    SORTED: tl.constexpr, BULK: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    TOKENS: tl.constexpr, TURNED: tl.constexpr, GROUP: tl.constexpr, SORTED: tl.constexpr,
+    BULK: tl.constexpr, PLACES: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
     tile, line = placed(tl.cdiv(tokens, TOKENS), rows // HEIGHT, GROUP)
     if SORTED:
         line = tl.load(order + line)
     token, row = tile * TOKENS + tl.arange(0, TOKENS), line * HEIGHT + tl.arange(0, HEIGHT)
-    column = tl.arange(0, STEP)
     total = tl.zeros([HEIGHT, TOKENS] if TURNED else [TOKENS, HEIGHT], tl.float32)
     begin, end = tl.load(starts + line), tl.load(starts + line + 1)
     next_at = tl.load(columns + begin, mask=begin < end, other=0)
+    next_place = next_at
+    if PLACES:
+        next_place = tl.load(places + begin, mask=begin < end, other=0)
     if BULK:
         gdc_launch_dependents()
         gdc_wait()  # for x; what came before reads the weight
     for i in range(begin * STEPS, end * STEPS):
         block, side = i // STEPS, i % STEPS * STEP
         at = next_at * WIDTH + side
-        # asked for a step ahead: what it brings waits for it
-        next_at = tl.load(columns + tl.minimum((i + 1) // STEPS, end - 1))
-        if BULK:
-            w = values.load([block * HEIGHT, side])
-            part = x.load([tile * TOKENS, at])
-        else:
-            place = tl.full([], HEIGHT * WIDTH, tl.int64) * block + side
-            w = tl.load(values + place + tl.arange(0, HEIGHT)[:, None] * WIDTH + column[None, :])
-            here = x + token.to(tl.int64)[:, None] * channels + at + column[None, :]
-            part = tl.load(here, mask=token[:, None] < tokens, other=0.0)
+        # asked for a step ahead: what they bring waits for them
+        ahead = tl.minimum((i + 1) // STEPS, end - 1)
+        next_at = tl.load(columns + ahead)
+        if PLACES:
+            block, next_place = next_place, tl.load(places + ahead)
+        w = _weights(values, block, side, HEIGHT, WIDTH, STEP, BULK, PLACES)
+        part = tile_of(x, tile * TOKENS, at, tokens, channels, TOKENS, STEP, BULK)
         if TURNED:
             total = tl.dot(w, part.T, total, input_precision=PRECISION)
         else:
@@ -168,3 +219,40 @@ def _linear(
     else:
         here = y + token.to(tl.int64)[:, None] * rows + row[None, :]
         tl.store(here, total, mask=token[:, None] < tokens)
+
+
+@triton.jit
+def tile_of(
+    source, token, column, tokens, width, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+    BULK: tl.constexpr,
+):  # fmt: skip
+    """Some tokens of a (tokens, width) tensor, some columns; zeros behind the last token."""
+    if BULK:
+        tile = source.load([token, column])
+    else:
+        line, beside = token + tl.arange(0, TOKENS), column + tl.arange(0, COLUMNS)
+        here = source + line.to(tl.int64)[:, None] * width + beside[None, :]
+        tile = tl.load(here, mask=line[:, None] < tokens, other=0.0)
+    return tile
+
+
+@triton.jit
+def _weights(
+    values, block, side,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr, BULK: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """Columns of a block from `side` on, (HEIGHT, STEP); perhaps stored as (WIDTH, HEIGHT)."""
+    if BULK:
+        if TRANSPOSED:
+            tile = values.load([block * WIDTH + side, 0]).T
+        else:
+            tile = values.load([block * HEIGHT, side])
+    else:
+        row, column = tl.arange(0, HEIGHT)[:, None], side + tl.arange(0, STEP)[None, :]
+        first = values + tl.full([], HEIGHT * WIDTH, tl.int64) * block
+        if TRANSPOSED:
+            tile = tl.load(first + column.T * HEIGHT + row.T).T
+        else:
+            tile = tl.load(first + row * WIDTH + column)
+    return tile

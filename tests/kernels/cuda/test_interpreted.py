@@ -1,4 +1,4 @@
-"""The Triton kernel without a GPU: `TRITON_INTERPRET=1 pytest`, with triton installed.
+"""The Triton kernels without a GPU: `TRITON_INTERPRET=1 pytest`, with triton installed.
 
 The interpreter computes float32 and float16 right, bfloat16 not.
 """
@@ -11,11 +11,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from kernels.block_linear import reference
+from kernels.block_linear.index import BlockIndex, block_index
 from kernels.calls import ACTIVATIONS
 from kernels.cuda import blob, pack
 from kernels.reference import activate
 
 pytest.importorskip("triton")
+BOUND = {torch.float32: 1e-6, torch.float16: 1e-3}
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1"
 )
@@ -51,8 +54,53 @@ def test_many_tokens(dtype: torch.dtype, block: tuple[int, int], tokens: int) ->
     for name, code in ACTIVATIONS.items():
         true = activate(F.linear(x.double(), weight.double(), bias.double()), name)
         y = many.linear(blocks, x, bias, code)
-        bound = 1e-6 if dtype is torch.float32 else 1e-3
-        assert (y.double() - true).norm() <= bound * true.norm()
+        assert (y.double() - true).norm() <= BOUND[dtype] * true.norm()
+
+
+def index_of(block: tuple[int, int], group: int | None = None) -> BlockIndex:
+    """Of 6 x 9 blocks; a row and a column are empty, a row is full."""
+    mask = torch.rand(6, 9) < 0.4
+    mask[0], mask[1], mask[:, 3] = True, False, False
+    return block_index(mask, block, group)
+
+
+def close(y: torch.Tensor, true: torch.Tensor) -> bool:
+    return bool((y.double() - true).norm() <= BOUND[y.dtype] * true.norm())
+
+
+@pytest.mark.parametrize("tokens", [1, 70, 130])
+@pytest.mark.parametrize("block", [(16, 16), (32, 64), (128, 32)])
+@pytest.mark.parametrize("dtype", BOUND)
+def test_a_layer_and_the_gradient_of_its_input(
+    dtype: torch.dtype, block: tuple[int, int], tokens: int
+) -> None:
+    from kernels.cuda import many
+
+    torch.manual_seed(tokens)
+    index = index_of(block)
+    values = torch.randn(len(index.columns), *block).to(dtype)
+    x, grad = (torch.randn(tokens, n).to(dtype) for n in (index.in_features, index.out_features))
+    bias = torch.randn(index.out_features).to(dtype)
+    y = many.product(many.by_rows(index, values), x, bias)
+    assert close(y, reference.forward(x.double(), values.double(), bias.double(), index))
+    given = many.product(many.by_columns(index, values), grad, None)
+    assert close(given, reference.input_grad(grad.double(), values.double(), index))
+
+
+@pytest.mark.parametrize("split", [1, 3])
+@pytest.mark.parametrize("tokens", [1, 70, 130])
+@pytest.mark.parametrize(("block", "group"), [((16, 16), 4), ((32, 64), 3), ((128, 32), 1)])
+@pytest.mark.parametrize("dtype", BOUND)
+def test_the_gradient_of_a_weight(
+    dtype: torch.dtype, block: tuple[int, int], group: int, tokens: int, split: int
+) -> None:
+    from kernels.cuda import sampled
+
+    torch.manual_seed(tokens)
+    index = index_of(block, group)
+    x, grad = (torch.randn(tokens, n).to(dtype) for n in (index.in_features, index.out_features))
+    found = sampled.weight_grad(index, grad, x, sampled.Plan(split, 32, 4, 2, False))
+    assert close(found, reference.weight_grad(grad.double(), x.double(), index))
 
 
 WALKS = [
@@ -80,5 +128,4 @@ def test_convolution(dtype: torch.dtype, block: tuple[int, int], walk: Any) -> N
     true = F.conv2d(*wide, stride, padding, dilation)
     out: Any = tuple(true.shape)
     y = implicit.conv2d(blocks, x, bias, implicit.Walk(stride, padding, dilation), out, 1)
-    bound = 1e-6 if dtype is torch.float32 else 1e-3
-    assert (y.double() - true.relu()).norm() <= bound * true.norm()
+    assert close(y, true.relu())

@@ -56,20 +56,45 @@ def test_sources_compile(target: str, narrow: int) -> None:
         compiles("expand.cu", target, **shape, AHEAD=3)
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled then")
-@pytest.mark.parametrize("bulk", [True, False])
-@pytest.mark.parametrize(("side", "turned"), [(64, True), (128, False)])
-def test_triton_compiles(side: int, turned: bool, bulk: bool) -> None:
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def triton_makes(
+    function: Any, target: int, kinds: dict[str, str], fixed: dict[str, Any], **options: int
+) -> str:
+    """The PTX of a Triton function, for a compute capability."""
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    signature = {name: kinds.get(name, "constexpr") for name in function.arg_names}
+    source = ASTSource(function, signature, fixed)
+    made = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    return made.asm["ptx"]
+
+
+def tiles(shapes: dict[str, tuple[int, ...]], bulk: bool) -> dict[str, str]:
+    """Types of arguments in bfloat16: tiles of tensors, or where tensors lie."""
+    if not bulk:
+        return dict.fromkeys(shapes, "*bf16")
+    return {
+        name: f"tensordesc<bf16[{','.join(map(str, shape))}]>" for name, shape in shapes.items()
+    }
+
+
+@pytest.mark.skipif(INTERPRETED, reason="nothing is compiled then")
+@pytest.mark.parametrize("places", [False, True])
+@pytest.mark.parametrize(("target", "bulk"), [(90, True), (90, False), (80, False)])
+@pytest.mark.parametrize(("side", "turned"), [(64, True), (128, False)])
+def test_a_product_compiles(
+    side: int, turned: bool, target: int, bulk: bool, places: bool
+) -> None:
+    triton = pytest.importorskip("triton")
     from kernels.cuda import many
 
-    tiles = {"x": (128, 64), "values": (side, 64), "y": (128, side)}
-    kinds = {name: f"tensordesc<bf16[{a},{b}]>" for name, (a, b) in tiles.items()}
-    kinds = kinds if bulk else dict.fromkeys(tiles, "*bf16")
-    kinds |= dict.fromkeys(("order", "starts", "columns"), "*i32") | {"bias": "*fp32"}
+    shapes = {"x": (128, 64), "values": (64, side) if places else (side, 64), "y": (128, side)}
+    kinds = tiles(shapes, bulk) | {"bias": "*fp32"}
+    kinds |= dict.fromkeys(("order", "starts", "columns", "places"), "*i32")
     kinds |= dict.fromkeys(("tokens", "channels", "rows"), "i32")
     fixed: dict[str, Any] = {
         "HEIGHT": side,
@@ -78,43 +103,52 @@ def test_triton_compiles(side: int, turned: bool, bulk: bool) -> None:
         "STEPS": side // 64,
         "TOKENS": 128,
     }
-    fixed |= {"TURNED": turned, "GROUP": 4, "SORTED": True, "BULK": bulk, "BIAS": True}
-    fixed |= {"ACTIVATION": 4, "PRECISION": "tf32", "OUT": triton.language.bfloat16}
-    names = many._linear.arg_names
-    signature = {name: kinds.get(name, "constexpr") for name in names}
-    source = ASTSource(many._linear, signature, fixed)
-    options = {"num_warps": 4, "num_stages": 2}
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    assert "wgmma.mma_async" in made.asm["ptx"]
-    assert ("cp.async.bulk.tensor" in made.asm["ptx"]) == bulk
+    fixed |= {"TURNED": turned, "GROUP": 4, "SORTED": True, "BULK": bulk, "PLACES": places}
+    fixed |= {"BIAS": True, "ACTIVATION": 4, "PRECISION": "tf32", "OUT": triton.language.bfloat16}
+    ptx = triton_makes(many._linear, target, kinds, fixed, num_warps=4, num_stages=2)
+    assert ("wgmma.mma_async" if target == 90 else "mma.sync") in ptx
+    assert ("cp.async.bulk.tensor" in ptx) == bulk
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled then")
+@pytest.mark.skipif(INTERPRETED, reason="nothing is compiled then")
+@pytest.mark.parametrize(("target", "bulk"), [(90, True), (90, False), (80, False)])
+@pytest.mark.parametrize(("block", "group"), [((64, 64), 4), ((128, 128), 1), ((16, 32), 4)])
+def test_a_sampled_product_compiles(
+    block: tuple[int, int], group: int, target: int, bulk: bool
+) -> None:
+    triton = pytest.importorskip("triton")
+    from kernels.cuda import sampled
+
+    kinds = tiles({"grad": (64, block[0]), "x": (64, block[1])}, bulk)
+    kinds |= {"groups": "*i32", "sums": "*fp32"}
+    kinds |= dict.fromkeys(("tokens", "rows", "channels", "blocks", "count"), "i32")
+    fixed: dict[str, Any] = {"HEIGHT": block[0], "WIDTH": block[1], "SIZE": group, "SPLIT": 4}
+    fixed |= {"STEP": 64, "BULK": bulk, "PRECISION": "tf32", "OUT": triton.language.float32}
+    ptx = triton_makes(sampled._sampled, target, kinds, fixed, num_warps=4, num_stages=2)
+    fast = target == 90 and block[0] >= 64
+    assert ("wgmma.mma_async" if fast else "mma.sync") in ptx
+    assert ("cp.async.bulk.tensor" in ptx) == bulk
+    kinds = {"sums": "*fp32", "to": "*bf16", "count": "i32"}
+    triton_makes(sampled._add, target, kinds, {"SPLIT": 4, "SIZE": 1024}, num_warps=4)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="nothing is compiled then")
 @pytest.mark.parametrize("bulk", [True, False])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_a_convolution_compiles(stride: int, bulk: bool) -> None:
     """To products that read their tiles where the copy engine put them."""
     triton = pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from kernels.cuda import implicit
 
-    tiles = {"x": "16,4,1,4,64", "values": "64,64", "y": "16,4,4,64"}
-    kinds = {name: f"tensordesc<bf16[{tile}]>" for name, tile in tiles.items()}
-    kinds = kinds if bulk else dict.fromkeys(tiles, "*bf16")
-    kinds |= dict.fromkeys(("order", "starts", "columns"), "*i32") | {"bias": "*fp32"}
+    boxes = {"x": (16, 4, 1, 4, 64), "values": (64, 64), "y": (16, 4, 4, 64)}
+    kinds = tiles(boxes, bulk) | dict.fromkeys(("order", "starts", "columns"), "*i32")
     sizes = ("images", "height", "width", "out_height", "out_width", "rows")
-    kinds |= dict.fromkeys(sizes, "i32")
+    kinds |= dict.fromkeys(sizes, "i32") | {"bias": "*fp32"}
     fixed: dict[str, Any] = {"HEIGHT": 64, "WIDTH": 64, "STEP": 64, "STEPS": 1, "CHANNELS": 256}
     fixed |= {"ACROSS": 3, "STRIDE_H": stride, "STRIDE_W": stride, "PAD_H": 1, "PAD_W": 1}
     fixed |= {"APART_H": 1, "APART_W": 1, "IMAGES": 16, "TALL": 4, "WIDE": 4, "GROUP": 1}
     fixed |= {"SORTED": True, "BULK": bulk, "BIAS": True, "ACTIVATION": 1, "PRECISION": "tf32"}
     fixed |= {"OUT": triton.language.bfloat16}
-    signature = {name: kinds.get(name, "constexpr") for name in implicit._conv2d.arg_names}
-    source = ASTSource(implicit._conv2d, signature, fixed)
-    options = {"num_warps": 4, "num_stages": 3}
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    assert "wgmma.mma_async" in made.asm["ptx"]
-    assert ("cp.async.bulk.tensor.5d" in made.asm["ptx"]) == bulk
-    assert ("ldmatrix" in made.asm["ptx"]) is False
+    ptx = triton_makes(implicit._conv2d, 90, kinds, fixed, num_warps=4, num_stages=3)
+    assert "wgmma.mma_async" in ptx and "ldmatrix" not in ptx
+    assert ("cp.async.bulk.tensor.5d" in ptx) == bulk

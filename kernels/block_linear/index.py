@@ -1,0 +1,170 @@
+"""Which blocks of a weight are kept: made once of a mask, walked by rows and by columns."""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_SHARED = 128 * 128  # sums of a group at most, so that they stay in registers
+_GROUP = 4  # blocks of a group at most
+
+
+@dataclass(frozen=True, eq=False)
+class BlockIndex:
+    """Where the kept blocks of a weight (out, in) lie, for the product and its gradients.
+
+    The place of a block is its number in `values` (blocks, block rows, block columns), where they
+    lie row of blocks by row of blocks, in each by column. All tensors are int32.
+
+    Attributes:
+        out_features: rows of the weight.
+        in_features: columns of the weight.
+        starts: (rows of blocks + 1,), the place at which each row begins.
+        columns: (blocks,), the column of blocks of each place, ascending in a row.
+        order: (rows of blocks,), the longest first.
+        column_starts: (columns of blocks + 1,), where each column begins in the next two.
+        rows: (blocks,), the row of each block, walked column by column.
+        places: (blocks,), its place.
+        column_order: (columns of blocks,), the longest first.
+        groups: (groups, 2 + size), up to `size` blocks of a row that lie together: the row, the
+            first place, and their columns, -1 where there are fewer; the largest first.
+    """
+
+    out_features: int
+    in_features: int
+    starts: Tensor
+    columns: Tensor
+    order: Tensor
+    column_starts: Tensor
+    rows: Tensor
+    places: Tensor
+    column_order: Tensor
+    groups: Tensor
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """Rows and columns of a block."""
+        rows, columns = len(self.starts) - 1, len(self.column_starts) - 1
+        return self.out_features // rows, self.in_features // columns
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What the operators take as `index`."""
+        return [getattr(self, name) for name in NAMES]
+
+    def to(self, device: torch.device | str) -> "BlockIndex":
+        """The same on a device."""
+        moved: dict[str, Any] = {name: getattr(self, name).to(device) for name in NAMES}
+        return replace(self, **moved)
+
+
+NAMES = tuple(field.name for field in fields(BlockIndex))[2:]  # in the operators' order
+
+
+def block_index(mask: Tensor, block: tuple[int, int], group: int | None = None) -> BlockIndex:
+    """The index of the blocks that a mask keeps, on its device; waits for it.
+
+    Args:
+        mask: (rows of blocks, columns of blocks) bool, as `block_mask` gives it of a weight.
+        block: rows and columns of a block; on a GPU each 16, 32, 64 or 128 for the fast kernels.
+        group: blocks of a row whose gradients are computed together; None: by their size.
+
+    Raises:
+        ValueError: the mask is empty or not a matrix of bool, or a size is not positive.
+    """
+    fits = mask.dim() == 2 and mask.dtype is torch.bool and mask.numel() > 0
+    if not fits or min(*block, 1 if group is None else group) < 1:
+        raise ValueError(
+            "block_index: needs a bool mask (rows of blocks, columns of blocks), a positive block "
+            f"and group, got {mask.dtype} {tuple(mask.shape)}, {block}, {group}"
+        )
+    group = group or max(1, min(_GROUP, _SHARED // (block[0] * block[1])))
+    column = mask.nonzero()[:, 1]
+    turned_column, turned_row = mask.t().nonzero(as_tuple=True)
+    place = mask.flatten().cumsum(0).view(mask.shape) - 1
+    by_row, by_column = mask.sum(1), mask.sum(0)
+    index = [
+        _starts(by_row),
+        column,
+        by_row.argsort(descending=True, stable=True),
+        _starts(by_column),
+        turned_row,
+        place[turned_row, turned_column],
+        by_column.argsort(descending=True, stable=True),
+        _groups(by_row, column, group),
+    ]
+    sizes = mask.shape[0] * block[0], mask.shape[1] * block[1]
+    return BlockIndex(*sizes, *(tensor.int() for tensor in index))
+
+
+def block_mask(weight: Tensor, block: tuple[int, int]) -> Tensor:
+    """Which blocks of a weight (out, in) hold a number other than 0, (out / h, in / w) bool.
+
+    Raises:
+        ValueError: the weight does not divide into such blocks.
+    """
+    return _grid(weight, block).ne(0).any(3).any(2)
+
+
+def gather(weight: Tensor, index: BlockIndex) -> Tensor:
+    """The kept blocks of a weight (out, in): (blocks, h, w); differentiable."""
+    counts = index.starts.diff()
+    row = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+    return _grid(weight, index.block)[row, index.columns].contiguous()
+
+
+def scatter(values: Tensor, index: BlockIndex) -> Tensor:
+    """The weight (out, in) of kept blocks (blocks, h, w), zeros elsewhere; differentiable."""
+    counts, (height, width) = index.starts.diff(), index.block
+    row = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+    grid = values.new_zeros(len(counts), index.in_features // width, height, width)
+    grid = grid.index_put((row, index.columns), values)
+    return grid.transpose(1, 2).reshape(index.out_features, index.in_features)
+
+
+def mask_of(starts: Tensor, columns: Tensor, width: int) -> Tensor:
+    """The mask of blocks (rows of blocks, width) of parts of an index that came from elsewhere.
+
+    Raises:
+        ValueError: they are no index of such a mask; names the part and the rule.
+    """
+    counts = starts.long().diff()
+    whole = len(starts) > 1 and starts[0] == 0 and starts[-1] == len(columns)
+    if not whole or bool((counts < 0).any()):
+        raise ValueError(f"block index: starts must be ascending from 0 to {len(columns)}")
+    row = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+    inside = bool(((columns >= 0) & (columns < width)).all())
+    if not inside or not bool(((columns.diff() > 0) | (row.diff() > 0)).all()):
+        raise ValueError(f"block index: columns must be in [0, {width}), ascending in each row")
+    mask = torch.zeros(len(counts), width, dtype=torch.bool, device=counts.device)
+    mask[row, columns] = True
+    return mask
+
+
+def _grid(weight: Tensor, block: tuple[int, int]) -> Tensor:
+    """The blocks: (rows of blocks, columns of blocks, h, w)."""
+    if weight.dim() != 2 or weight.shape[0] % block[0] or weight.shape[1] % block[1]:
+        raise ValueError(
+            f"blocks: a weight (out, in) must divide into {block[0]}x{block[1]}, "
+            f"got {tuple(weight.shape)}"
+        )
+    return weight.unflatten(1, (-1, block[1])).unflatten(0, (-1, block[0])).transpose(1, 2)  # type: ignore[no-untyped-call]
+
+
+def _starts(counts: Tensor) -> Tensor:
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+def _groups(counts: Tensor, columns: Tensor, size: int) -> Tensor:
+    """See `BlockIndex`: a row's blocks in as few groups as can be, about equally large."""
+    parts, starts = (counts + size - 1) // size, _starts(counts)
+    row = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), parts)
+    part = torch.arange(len(row), device=row.device) - _starts(parts)[row]
+    first, end = (starts[row] + (part + i) * counts[row] // parts[row] for i in (0, 1))
+    within = torch.arange(size, device=row.device)
+    place = first[:, None] + within
+    kept = torch.cat([columns, columns.new_full((size,), -1)])[place]
+    kept = kept.where(place < end[:, None], -1)
+    order = (end - first).argsort(descending=True, stable=True)
+    return torch.cat([row[:, None], first[:, None], kept], 1)[order]

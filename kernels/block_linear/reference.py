@@ -1,0 +1,42 @@
+"""Block-sparse linear and its gradients, the plain truth: for each row of blocks one product."""
+
+from itertools import pairwise
+
+from torch import Tensor
+
+from kernels.block_linear.index import BlockIndex
+
+
+def forward(x: Tensor, values: Tensor, bias: Tensor | None, index: BlockIndex) -> Tensor:
+    """Gives x W^T + b (tokens, out) of x (tokens, in), values (blocks, h, w), bias (out,)."""
+    height, width = index.block
+    y = x.new_zeros(len(x), index.out_features // height, height)
+    parts = x.reshape(len(x), index.in_features // width, width)
+    for row, (begin, end) in enumerate(pairwise(index.starts.tolist())):
+        weight = values[begin:end].transpose(1, 2).flatten(0, 1)
+        y[:, row] = parts[:, index.columns[begin:end]].flatten(1) @ weight
+    y = y.flatten(1)
+    return y if bias is None else y + bias
+
+
+def input_grad(grad: Tensor, values: Tensor, index: BlockIndex) -> Tensor:
+    """Gives grad W (tokens, in), the gradient of x, of grad (tokens, out)."""
+    height, width = index.block
+    given = grad.new_zeros(len(grad), index.in_features // width, width)
+    parts = grad.reshape(len(grad), index.out_features // height, height)
+    for column, (begin, end) in enumerate(pairwise(index.column_starts.tolist())):
+        weight = values[index.places[begin:end]].flatten(0, 1)
+        given[:, column] = parts[:, index.rows[begin:end]].flatten(1) @ weight
+    return given.flatten(1)
+
+
+def weight_grad(grad: Tensor, x: Tensor, index: BlockIndex) -> Tensor:
+    """Gives the blocks of grad^T x (blocks, h, w), the gradient of values."""
+    height, width = index.block
+    given = x.new_zeros(len(index.columns), height, width)
+    rows = grad.reshape(len(x), index.out_features // height, height)
+    parts = x.reshape(len(x), index.in_features // width, width)
+    for row, (begin, end) in enumerate(pairwise(index.starts.tolist())):
+        found = rows[:, row].t() @ parts[:, index.columns[begin:end]].flatten(1)
+        given[begin:end] = found.view(height, end - begin, width).transpose(0, 1)
+    return given

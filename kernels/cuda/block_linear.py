@@ -1,0 +1,54 @@
+"""`torch.ops.sparse_nas.block_linear` and its gradients on a GPU: Triton's kernels, or PyTorch."""
+
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from kernels.block_linear import reference
+from kernels.block_linear.index import BlockIndex
+from kernels.cuda.blob import DTYPES, SIZES
+from kernels.cuda.linear import aligned, precision
+
+
+def forward(x: Tensor, values: Tensor, bias: Tensor | None, index: BlockIndex) -> Tensor:
+    """See `kernels.block_linear.reference`."""
+    if not _takes(x, index):
+        return reference.forward(x, values, bias, index)
+    from kernels.cuda import many  # not at the top: Triton is imported only where it is needed
+
+    walk = many.by_rows(index, aligned(values))
+    with torch.cuda.device(x.device):
+        return many.product(walk, aligned(x), bias, rounding=precision())
+
+
+def input_grad(grad: Tensor, values: Tensor, index: BlockIndex) -> Tensor:
+    """See `kernels.block_linear.reference`."""
+    if not _takes(grad, index):
+        return reference.input_grad(grad, values, index)
+    from kernels.cuda import many
+
+    walk = many.by_columns(index, aligned(values))
+    with torch.cuda.device(grad.device):
+        return many.product(walk, aligned(grad), None, rounding=precision())
+
+
+def weight_grad(grad: Tensor, x: Tensor, index: BlockIndex) -> Tensor:
+    """See `kernels.block_linear.reference`."""
+    if not _takes(x, index):
+        return reference.weight_grad(grad, x, index)
+    from kernels.cuda import sampled
+
+    with torch.cuda.device(x.device):
+        return sampled.weight_grad(index, aligned(grad), aligned(x), precision=precision())
+
+
+def _takes(x: Tensor, index: BlockIndex) -> bool:
+    fits = x.dtype in DTYPES and set(index.block) <= set(SIZES)
+    return fits and len(x) > 0 and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None

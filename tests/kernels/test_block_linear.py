@@ -1,0 +1,231 @@
+"""A layer of blocks against the same layer, dense and masked, in float64 on the CPU."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import kernels
+from kernels.block_linear.index import BlockIndex, block_index, block_mask, gather, scatter
+from tests.kernels import draws
+
+ops = torch.ops.sparse_nas
+sizes = st.integers(1, 5)
+blocks = st.tuples(st.sampled_from([1, 2, 3, 4]), st.sampled_from([1, 2, 3, 4]))
+
+
+def drawn(
+    seed: int, grid: tuple[int, int], block: tuple[int, int], density: float
+) -> tuple[Tensor, BlockIndex]:
+    """A weight of which blocks are kept, float64, and its index."""
+    mask = draws.weight(seed, grid, density, 1).ne(0)
+    full = mask.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+    weight = draws.numbers(seed, *full.shape).double() * full
+    return weight, block_index(mask, block)
+
+
+def layer(rows: int = 6, columns: int = 5, block: tuple[int, int] = (4, 2)) -> kernels.BlockLinear:
+    weight, _ = drawn(1, (rows, columns), block, 0.4)
+    linear = nn.Linear(weight.shape[1], weight.shape[0])
+    linear.weight.data = weight.float()
+    return kernels.BlockLinear.of(linear, block)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=sizes,
+    columns=sizes,
+    block=blocks,
+    density=draws.densities,
+    shape=st.sampled_from([(), (1,), (7,), (2, 3), (0,), (2, 0)]),
+    with_bias=st.booleans(),
+    seed=draws.seeds,
+)
+def test_it_is_the_masked_layer_and_so_are_its_gradients(
+    rows: int,
+    columns: int,
+    block: tuple[int, int],
+    density: float,
+    shape: tuple[int, ...],
+    with_bias: bool,
+    seed: int,
+) -> None:
+    weight, index = drawn(seed, (rows, columns), block, density)
+    values = gather(weight, index).requires_grad_()
+    x = draws.numbers(seed, *shape, weight.shape[1]).double().requires_grad_()
+    bias = draws.numbers(seed, len(weight)).double().requires_grad_() if with_bias else None
+    y = ops.block_linear(x, values, bias, index.tensors, len(weight))
+    true = F.linear(x, scatter(values, index), bias)
+    assert y.shape == true.shape
+    torch.testing.assert_close(y, true)
+    given_by = [x, values, *([] if bias is None else [bias])]
+    grad = draws.numbers(seed + 1, *y.shape).double()
+    found = torch.autograd.grad(y, given_by, grad)
+    wanted = torch.autograd.grad(true, given_by, grad)
+    torch.testing.assert_close(found, wanted)
+
+
+@settings(max_examples=20, deadline=None)
+@given(rows=sizes, columns=sizes, block=blocks, density=draws.densities, seed=draws.seeds)
+def test_gradients_are_those_of_differences_twice(
+    rows: int, columns: int, block: tuple[int, int], density: float, seed: int
+) -> None:
+    weight, index = drawn(seed, (rows, columns), block, density)
+    values = draws.numbers(seed, len(index.columns), *block).double().requires_grad_()
+    x = draws.numbers(seed, 3, weight.shape[1]).double().requires_grad_()
+    bias = draws.numbers(seed, len(weight)).double().requires_grad_()
+
+    def call(x: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+        return ops.block_linear(x, values, bias, index.tensors, len(weight))
+
+    assert torch.autograd.gradcheck(call, (x, values, bias), fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, (x, values, bias), fast_mode=True)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=sizes,
+    columns=st.integers(1, 12),
+    density=draws.densities,
+    group=st.integers(1, 5),
+    seed=draws.seeds,
+)
+def test_the_index_walks_every_block_once_each_way(
+    rows: int, columns: int, density: float, group: int, seed: int
+) -> None:
+    mask = draws.weight(seed, (rows, columns), density, 1).ne(0)
+    index = block_index(mask, (1, 1), group)
+    assert all(part.dtype is torch.int32 for part in index.tensors)
+    place = {tuple(at): i for i, at in enumerate(mask.nonzero().tolist())}
+    by_column = []
+    for column, (begin, end) in enumerate(zip(index.column_starts, index.column_starts[1:])):  # noqa: B905
+        for row, at in zip(index.rows[begin:end], index.places[begin:end], strict=True):
+            assert place[int(row), column] == int(at)
+            by_column.append(int(at))
+    assert sorted(by_column) == list(range(len(place)))
+    grouped = []
+    for row, first, *kept in index.groups.tolist():
+        found = [column for column in kept if column >= 0]
+        assert found and kept == found + [-1] * (group - len(found))
+        assert [place[row, column] for column in found] == list(range(first, first + len(found)))
+        grouped += [place[row, column] for column in found]
+    assert sorted(grouped) == list(range(len(place)))
+    assert len(index.groups) == sum(-(-int(n) // group) for n in mask.sum(1))
+    counts = index.starts.diff()[index.order.long()]
+    assert (counts.diff() <= 0).all() and len(index.order) == rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_narrow_numbers_round_once(dtype: torch.dtype) -> None:
+    weight, index = drawn(3, (6, 8), (16, 16), 0.4)
+    values, x = gather(weight, index).to(dtype), draws.numbers(0, 50, 128).to(dtype)
+    values.requires_grad_()
+    y = ops.block_linear(x, values, None, index.tensors, len(weight))
+    true = F.linear(x.double(), scatter(values.double(), index))
+    bound = 2 * torch.finfo(dtype).eps
+    assert y.dtype is dtype
+    assert (y.double() - true).norm() <= bound * true.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_autocast_is_that_of_a_linear_layer(dtype: torch.dtype) -> None:
+    net, x = layer().to(dtype), draws.numbers(0, 7, 10).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, like = net(x), F.linear(x, net.weight(), net.bias)
+    assert y.dtype is like.dtype
+    y.sum().backward()
+    assert net.values.grad is not None and net.values.grad.dtype is dtype
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("narrow", [False, True])
+def test_it_compiles_as_one_graph_forwards_and_backwards(narrow: bool, dynamic: bool) -> None:
+    net, x = layer(), draws.numbers(0, 7, 10).requires_grad_()
+    compiled: Any = torch.compile(net, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    grads: list[tuple[Tensor, Tensor]] = []
+    for call in (net, compiled):
+        net.zero_grad()
+        x.grad = None
+        with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+            call(x).square().sum().backward()
+        assert net.values.grad is not None and x.grad is not None
+        grads.append((x.grad, net.values.grad))
+    torch.testing.assert_close(*grads, rtol=0, atol=0)
+
+
+def test_torch_s_own_checks_pass() -> None:
+    net = layer().double()
+    x, grad = draws.numbers(0, 2, 3, 10).double(), draws.numbers(1, 2, 3, 24).double()
+    x.requires_grad_()
+    grad.requires_grad_()
+    index = net.index.tensors
+    torch.library.opcheck(ops.block_linear.default, (x, net.values, net.bias, index, 24))
+    torch.library.opcheck(ops.block_linear.default, (x, net.values, None, index, 24))
+    torch.library.opcheck(ops.block_linear_input_grad.default, (grad, net.values, index, 10))
+    torch.library.opcheck(ops.block_linear_weight_grad.default, (grad, x, index))
+
+
+def test_inputs_may_lie_anyhow() -> None:
+    net = layer()
+    x = draws.numbers(0, 10, 7).t()
+    torch.testing.assert_close(net(x), F.linear(x, net.weight(), net.bias))
+    net(x).sum().backward()  # its gradient is one number, expanded
+    assert net.values.grad is not None
+    again = torch.autograd.grad(F.linear(x, net.weight(), net.bias).sum(), net.values)[0]
+    torch.testing.assert_close(net.values.grad, again)
+
+
+def test_a_layer_trains_its_blocks_alone() -> None:
+    net = layer()
+    kept, before = block_mask(net.weight(), (4, 2)), net.weight().detach().clone()
+    optimiser = torch.optim.SGD(net.parameters(), lr=0.1, weight_decay=0.1)
+    net(draws.numbers(0, 7, 10)).square().sum().backward()
+    optimiser.step()
+    assert torch.equal(block_mask(net.weight(), (4, 2)), kept)
+    assert (gather(net.weight(), net.index) != gather(before, net.index)).any()
+
+
+def test_a_saved_layer_loads_into_one_of_other_blocks() -> None:
+    net = layer()
+    mask = block_mask(net.weight(), (4, 2)).flip(0)
+    other = kernels.BlockLinear.of(nn.Linear(10, 24), (4, 2), mask)
+    assert set(net.state_dict()) == {"values", "bias", "starts", "columns"}
+    other.load_state_dict(net.state_dict())
+    assert torch.equal(other.weight(), net.weight())
+    for mine, its in zip(other.index.tensors, net.index.tensors, strict=True):
+        assert torch.equal(mine, its)
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "value"),
+    [("columns", 0, 5), ("columns", 0, -1), ("starts", 0, 1), ("starts", 2, 99)],
+)
+def test_a_forged_index_is_not_loaded(name: str, at: int, value: int) -> None:
+    net = layer()
+    state = {key: tensor.clone() for key, tensor in net.state_dict().items()}
+    state[name][at] = value
+    with pytest.raises(ValueError, match=f"block index: {name} must be"):
+        net.load_state_dict(state)
+
+
+def test_what_does_not_fit_is_named() -> None:
+    net, x = layer(), draws.numbers(0, 7, 10)
+    index = net.index.tensors
+    with pytest.raises(
+        ValueError, match="6 x 5 blocks; it does not fit a weight of out=23, in=10"
+    ):
+        ops.block_linear(x, net.values, None, index, 23)
+    with pytest.raises(ValueError, match=r"values must be torch\.float32"):
+        ops.block_linear(x, net.values.double(), None, index, 24)
+    with pytest.raises(ValueError, match=r"bias must be torch\.float32 \(24,\)"):
+        ops.block_linear(x, net.values, torch.ones(23), index, 24)
+    with pytest.raises(ValueError, match="index must be 8 contiguous int32 tensors"):
+        ops.block_linear(x, net.values, None, index[:7], 24)
+    with pytest.raises(ValueError, match=r"must divide into 5x2, got \(24, 10\)"):
+        kernels.BlockLinear.of(nn.Linear(10, 24), (5, 2))
+    with pytest.raises(ValueError, match="needs a bool mask"):
+        block_index(torch.ones(2, 2), (4, 4))

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -73,7 +74,7 @@ def triton_makes(
     return made.asm["ptx"]
 
 
-def tiles(shapes: dict[str, tuple[int, ...]], bulk: bool) -> dict[str, str]:
+def tiles(shapes: Mapping[str, tuple[int, ...]], bulk: bool) -> dict[str, str]:
     """Types of arguments in bfloat16: tiles of tensors, or where tensors lie."""
     if not bulk:
         return dict.fromkeys(shapes, "*bf16")

@@ -1,6 +1,5 @@
 """The bytes of a weight packed for a GPU: a header, an index of its blocks, and their values."""
 
-import warnings
 import zlib
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +18,7 @@ OPERATIONS = {LINEAR: "sparse_linear", CONV2D: "sparse_conv2d"}
 DENSE, BLOCKS, ENTRIES, CHANNEL = 0, 1, 2, 3
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SIZES = (128, 64, 32, 16)  # rows or columns of a block
-LARGE = 2**24  # weights from which PyTorch's 2:4 was faster than dense
+LARGE = 2**24  # weights from which a 2:4 product was faster than dense
 _MAGIC = b"SNBLOCKS"
 _INTS = (
     "rows",
@@ -97,8 +96,8 @@ class Blocks:
             the bits of a value above.
         order: (rows / block rows,) int32, rows of blocks, longest first, or int64 the rows that
             are kept of a channel pattern; made when read.
-        two_of_four: the weight as PyTorch's kernels want it where two of every four along a row
-            are kept at most and the whole is stored, or None; made when read.
+        two_of_four: the weight as cuSPARSELt wants it where two of every four along a row are kept
+            at most and the whole is stored, or None; made when read.
     """
 
     form: Form
@@ -289,19 +288,14 @@ def _form(head: Any) -> Form:
 
 
 def _two_of_four(weight: Tensor) -> Tensor | None:
-    """See `Blocks`; PyTorch wants bfloat16 or float16 on a GPU and multiples of 64."""
+    """See `Blocks`; bfloat16 or float16 on a GPU, in multiples of 64."""
     fits = weight.is_cuda and weight.itemsize == 2 and weight.numel() >= LARGE
     if not fits or weight.shape[0] % 64 or weight.shape[1] % 64:
         return None
-    if int(weight.ne(0).unflatten(1, (-1, 4)).sum(2).max()) > 2:  # type: ignore[no-untyped-call]
+    four = weight.ne(0).view(len(weight), -1, 4)
+    if not torch.backends.cusparselt.is_available() or int(four.sum(2).max()) > 2:
         return None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch says that it is a prototype
-        try:
-            semi: Tensor = torch.sparse.to_sparse_semi_structured(weight)
-        except RuntimeError:  # neither of PyTorch's two ways to compute it is there
-            return None
-    return semi
+    return torch._cslt_compress(weight)
 
 
 def _check_index(blocks: Blocks) -> None:

@@ -7,10 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.calls import activation_code
-from kernels.cuda import blob, entries, expand, few
+from kernels.cuda import blob, entries, expand, few, two_of_four
 from kernels.reference import activate
-
-_MANY = 2048  # tokens from which PyTorch's 2:4 was faster than dense
 
 
 def run(
@@ -45,9 +43,9 @@ def product(blocks: blob.Blocks, x: Tensor, bias: Tensor | None, activation: str
         )
     if kernel in ("dense", "two_of_four"):
         wide = None if bias is None else bias.to(x.dtype)
-        held = blocks.values if kernel == "dense" else blocks.two_of_four
-        assert held is not None
-        return activate(F.linear(tokens, held, wide).contiguous(), activation)
+        if kernel == "two_of_four":
+            return activate(two_of_four.linear(blocks, tokens, wide), activation)
+        return activate(F.linear(tokens, blocks.values, wide), activation)
     wide = None if bias is None else bias.float()
     with torch.cuda.device(x.device):
         y: Tensor = _module(kernel).linear(blocks, tokens, wide, code)
@@ -74,8 +72,7 @@ def chosen(blocks: blob.Blocks, tokens: Tensor) -> str:
             return "entries"
         if expand.takes(blocks, tokens):
             return "expand"
-        many = len(tokens) >= _MANY and blocks.two_of_four is not None
-        return "two_of_four" if many else "dense"
+        return "two_of_four" if two_of_four.takes(blocks, tokens) else "dense"
     return "few" if few.takes(blocks, tokens) else "many"
 
 

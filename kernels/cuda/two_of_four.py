@@ -1,0 +1,35 @@
+"""Sparse linear of many tokens where two of every four weights along a row are kept: cuSPARSELt."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.cuda.blob import Blocks
+
+MANY = 2048  # tokens from which it was faster than dense
+_found: dict[tuple[object, ...], int] = {}
+
+
+def takes(blocks: Blocks, x: Tensor) -> bool:
+    """Whether it computes x (tokens, channels) and was faster."""
+    return blocks.two_of_four is not None and len(x) >= MANY and len(x) % 16 == 0
+
+
+def linear(blocks: Blocks, x: Tensor, bias: Tensor | None) -> Tensor:
+    """Gives y (tokens, rows) of x (tokens, channels), contiguous; bias of their dtype."""
+    held: Any = blocks.two_of_four
+    given = (held, x.t(), bias)
+    return torch._cslt_sparse_mm(
+        *given, transpose_result=True, alg_id=_algorithm(given, blocks, x)
+    )
+
+
+def _algorithm(given: tuple[Any, ...], blocks: Blocks, x: Tensor) -> int:
+    """The fastest one, searched once for each shape; the default while a graph is captured."""
+    key = (blocks.rows, *x.shape, x.dtype, x.device, given[2] is None)
+    if key not in _found:
+        if torch.cuda.is_current_stream_capturing():
+            return 0
+        _found[key] = torch._cslt_sparse_mm_search(*given, transpose_result=True)
+    return _found[key]

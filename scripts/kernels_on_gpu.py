@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -93,29 +94,37 @@ def cases(sparsities: Sequence[float]) -> Iterator[Case]:
 
 def run(args: argparse.Namespace) -> int:
     """Measures every case and prints one row each; 1 if a result was wrong."""
+    from scripts import training_on_gpu  # which measures by what is here
+
     warnings.filterwarnings("ignore")  # torch's sparse kernels say that they are in beta
     torch.manual_seed(0)
     card, rows = _card(), list[Row]()
     print(card, HEAD, sep="\n", flush=True)
-    with torch.inference_mode():
-        for case in cases(args.sparsity):
-            if args.only in f"{case.tokens} {case.size} {case.pattern}":
-                rows.append(_measure(case, card))
-                print(_line(rows[-1]), flush=True)
-                if args.json:  # after every row: time on such a machine may end
-                    found = {"card": asdict(card), "rows": [asdict(row) for row in rows]}
-                    args.json.parent.mkdir(parents=True, exist_ok=True)
-                    args.json.write_text(json.dumps(found, indent=1) + "\n")
+    for row in chain(_products(args, card), training_on_gpu.rows(args, card)):
+        rows.append(row)
+        print(_line(row), flush=True)
+        if args.json:  # after every row: time on such a machine may end
+            found = {"card": asdict(card), "rows": [asdict(row) for row in rows]}
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.write_text(json.dumps(found, indent=1) + "\n")
     return 0 if all(row.correct for row in rows) else 1
+
+
+def _products(args: argparse.Namespace, card: Card) -> Iterator[Row]:
+    for case in cases(args.sparsity):
+        if args.only in f"{case.tokens} {case.size} {case.pattern}":
+            with torch.inference_mode():
+                row = _measure(case, card)
+            yield row
 
 
 def _card() -> Card:
     copied, matrix = torch.randn(2**28, device="cuda"), torch.randn(8192, 8192, device="cuda")
     to, matrix = torch.empty_like(copied), matrix.bfloat16()
     nothing = torch.empty(1, device="cuda")
-    copy = _us([_graph([lambda: to.copy_(copied)])])[0]
-    product = _us([_graph([lambda: matrix @ matrix])])[0]
-    empty = _us([_graph([nothing.zero_ for _ in range(100)])])[0] / 100
+    copy = median_us([graph_of([lambda: to.copy_(copied)])])[0]
+    product = median_us([graph_of([lambda: matrix @ matrix])])[0]
+    empty = median_us([graph_of([nothing.zero_ for _ in range(100)])])[0] / 100
     rates = 2 * copied.nbytes / copy * 1e6, 2 * 8192**3 / product * 1e6
     return Card(torch.cuda.get_device_name(), *rates, empty, torch.__version__)
 
@@ -136,7 +145,7 @@ def _measure(case: Case, card: Card) -> Row:
         return Row(*named)
     contenders = _contenders(case, x, packed.data)
     turns = [_in_turn(make, weight, x, case.tokens) for make in contenders]
-    times = iter(_us([turn[0] for turn in turns if turn]))
+    times = iter(median_us([turn[0] for turn in turns if turn]))
     us, dense, bsr, two_of_four, csr = (next(times) / t[1] if t else None for t in turns)
     assert us is not None and dense is not None
     kept = int(weight.count_nonzero())
@@ -201,14 +210,15 @@ def _in_turn(make: Make | None, weight: Tensor, x: Tensor, tokens: int) -> Any:
         kept = int(weight.count_nonzero()) * 2
         count = max(2, int(ROTATED / kept)) if tokens <= 64 else 1
         calls = [first, *(make(weight.clone()) for _ in range(count - 1))]
-        return _graph(calls), count, calls  # a graph reads the copies, so that they must live on
+        return graph_of(calls), count, calls  # a graph reads the copies, so that they must live on
     except (RuntimeError, NotImplementedError, ValueError) as error:
         print(f"  left out: {str(error).splitlines()[0][:90]}")
         torch.cuda.synchronize()
         return None
 
 
-def _graph(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
+def graph_of(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+    """A graph of calls one after another, replayed once."""
     for call in calls:
         call()
     torch.cuda.synchronize()
@@ -221,7 +231,7 @@ def _graph(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def _us(graphs: Sequence[torch.cuda.CUDAGraph]) -> list[float]:
+def median_us(graphs: Sequence[torch.cuda.CUDAGraph]) -> list[float]:
     """Median microseconds of a replay of each, in turn."""
     times: list[list[float]] = [[] for _ in graphs]
     for _ in range(ROUNDS):

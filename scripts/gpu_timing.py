@@ -205,3 +205,13 @@ def line(row: Row) -> str:
 def close(y: Tensor, true: Tensor) -> bool:
     """Whether a bfloat16 result is right: rounding is 4e-3."""
     return bool((y.double() - true).norm() <= 1e-2 * true.norm())
+
+
+def block_mask(shape: tuple[int, ...], side: int, sparsity: float) -> Tensor:
+    """A mask of square blocks of (out, in), at each kernel position."""
+    drawn = torch.rand(shape[0] // side, shape[1] // side, *shape[2:], device="cuda")
+    kept = round((1 - sparsity) * drawn.numel())
+    chosen = drawn.flatten().argsort()[:kept]
+    grid = torch.zeros_like(drawn, dtype=torch.bool).flatten().index_fill_(0, chosen, True)
+    grid = grid.view(drawn.shape)
+    return grid.repeat_interleave(side, 0).repeat_interleave(side, 1)

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,12 +17,14 @@ from torch.nn import functional as F
 
 import kernels
 from kernels.cuda import blob, conv2d, linear
+from scripts import training_on_gpu
 from scripts.gpu_timing import (
     HEAD,
     Call,
     Make,
     Row,
     Work,
+    block_mask,
     card,
     close,
     line,
@@ -82,7 +85,7 @@ class Linear:
         if self.block == -4:
             order = torch.rand(n, n // 4, 4, device="cuda").argsort(2)
             return weight * (order < 2).view(n, n)
-        return weight * blocks((n, n), max(1, self.block), self.sparsity)
+        return weight * block_mask((n, n), max(1, self.block), self.sparsity)
 
     def _peers(self, x: Tensor) -> dict[str, Make]:
         side = self.block
@@ -120,7 +123,7 @@ class Conv2d:
     def work(self) -> Work:
         """Packs, checks and says what is timed."""
         n, kernel = self.channels, (self.kernel, self.kernel)
-        mask = blocks((n, n, *kernel), self.block, self.sparsity)
+        mask = block_mask((n, n, *kernel), self.block, self.sparsity)
         weight = (torch.randn(n, n, *kernel, device="cuda") * mask).bfloat16()
         weight = weight.contiguous(memory_format=torch.channels_last)
         x = torch.randn(self.images, n, self.size, self.size, device="cuda").bfloat16()
@@ -148,16 +151,6 @@ class Conv2d:
         )
 
 
-def blocks(shape: tuple[int, ...], side: int, sparsity: float) -> Tensor:
-    """A mask of square blocks of (out, in), at each kernel position."""
-    drawn = torch.rand(shape[0] // side, shape[1] // side, *shape[2:], device="cuda")
-    kept = round((1 - sparsity) * drawn.numel())
-    chosen = drawn.flatten().argsort()[:kept]
-    grid = torch.zeros_like(drawn, dtype=torch.bool).flatten().index_fill_(0, chosen, True)
-    grid = grid.view(drawn.shape)
-    return grid.repeat_interleave(side, 0).repeat_interleave(side, 1)
-
-
 def cases(sparsities: Sequence[float]) -> Iterator[Linear | Conv2d]:
     """Those of docs/kernels.md, each at these sparsities."""
     shapes = [(t, n, b) for n in (4096, 8192) for t in (1, 16) for b in (64, 0)]
@@ -181,8 +174,8 @@ def run(args: argparse.Namespace) -> int:
     torch.backends.cudnn.benchmark = True
     on, rows = card(), list[Row]()
     print(on, HEAD, sep="\n", flush=True)
-    with torch.inference_mode():
-        for case in cases(args.sparsity):
+    with torch.no_grad():
+        for case in chain(cases(args.sparsity), training_on_gpu.cases(args.sparsity)):
             if args.only in str(case):
                 rows.append(measure(case.work(), on))
                 print(line(rows[-1]), flush=True)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 _SHARED = 128 * 128  # sums of a group at most, so that they stay in registers
-_GROUP = 4  # blocks of a group at most
+_GROUP = 2  # blocks of a group at most: of more the last are fewer
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from kernels.block_linear.index import BlockIndex
 from kernels.cuda.many import TYPES, tile_of
 
-_PROGRAMS = 3.5  # of a multiprocessor, one after another or side by side
+_PROGRAMS = 1.75  # of a multiprocessor
 _ADDED = 1024  # sums that a program adds
 
 
@@ -51,7 +51,7 @@ def plan(index: BlockIndex, x: Tensor, precision: str = "ieee") -> Plan:
     held = (index.groups.shape[1] - 2) * index.block[0] * index.block[1]
     split = round(_PROGRAMS * processors / max(1, len(index.groups)))
     split = max(1, min(split, len(x) // (4 * step)))
-    return Plan(split, step, 4 if bulk and not wide and held <= 16384 else 8, 2, bulk)
+    return Plan(split, step, 4 if bulk and not wide and held <= 16384 else 8, 3, bulk)
 
 
 def weight_grad(
@@ -74,9 +74,9 @@ def weight_grad(
         )
     _sampled[(len(index.groups) * how.split,)](
         *tiles, index.groups, sums, len(x), index.out_features, index.in_features,
-        len(given), len(index.groups),
-        HEIGHT=block[0], WIDTH=block[1], SIZE=index.groups.shape[1] - 2, SPLIT=how.split,
-        STEP=how.step, BULK=how.bulk, PRECISION=precision, OUT=TYPES[sums.dtype],
+        len(given), len(index.groups), how.split,
+        HEIGHT=block[0], WIDTH=block[1], SIZE=index.groups.shape[1] - 2, STEP=how.step,
+        BULK=how.bulk, PRECISION=precision, OUT=TYPES[sums.dtype],
         num_warps=how.warps, num_stages=how.stages,
     )  # fmt: skip
     if how.split > 1:
@@ -85,11 +85,11 @@ def weight_grad(
     return given
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "blocks", "count", "split"])
 def _sampled(
-    grad, x, groups, sums, tokens, rows, channels, blocks, count,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, SPLIT: tl.constexpr,
-    STEP: tl.constexpr, BULK: tl.constexpr, PRECISION: tl.constexpr, OUT: tl.constexpr,
+    grad, x, groups, sums, tokens, rows, channels, blocks, count, split,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr,
+    BULK: tl.constexpr, PRECISION: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
     # all groups of a part of the tokens run side by side, so that x is read once from memory
     group, part = tl.program_id(0) % count, tl.program_id(0) // count
@@ -101,7 +101,7 @@ def _sampled(
         column = tl.load(group + 2 + i)
         columns += (column,)
         held += (column >= 0).to(tl.int32)
-    steps = tl.cdiv(tl.cdiv(tokens, STEP), SPLIT)
+    steps = tl.cdiv(tl.cdiv(tokens, STEP), split)
     begin = part * steps
     end = tl.minimum(begin + steps, tl.cdiv(tokens, STEP))
     out = sums + (part.to(tl.int64) * blocks + first) * HEIGHT * WIDTH

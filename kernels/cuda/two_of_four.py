@@ -1,4 +1,4 @@
-"""Sparse linear of many tokens where two of every four weights along a row are kept: cuSPARSELt."""
+"""Sparse linear of many tokens where two of every four weights are kept, by cuSPARSELt."""
 
 from typing import Any
 
@@ -19,17 +19,15 @@ def takes(blocks: Blocks, x: Tensor) -> bool:
 def linear(blocks: Blocks, x: Tensor, bias: Tensor | None) -> Tensor:
     """Gives y (tokens, rows) of x (tokens, channels), contiguous; bias of their dtype."""
     held: Any = blocks.two_of_four
-    given = (held, x.t(), bias)
-    return torch._cslt_sparse_mm(
-        *given, transpose_result=True, alg_id=_algorithm(given, blocks, x)
-    )
+    given = {"compressed_A": held, "dense_B": x.t(), "bias": bias, "transpose_result": True}
+    return torch._cslt_sparse_mm(**given, alg_id=_algorithm(given, blocks, x))
 
 
-def _algorithm(given: tuple[Any, ...], blocks: Blocks, x: Tensor) -> int:
+def _algorithm(given: dict[str, Any], blocks: Blocks, x: Tensor) -> int:
     """The fastest one, searched once for each shape; the default while a graph is captured."""
-    key = (blocks.rows, *x.shape, x.dtype, x.device, given[2] is None)
+    key = (blocks.rows, *x.shape, x.dtype, x.device, given["bias"] is None)
     if key not in _found:
         if torch.cuda.is_current_stream_capturing():
             return 0
-        _found[key] = torch._cslt_sparse_mm_search(*given, transpose_result=True)
+        _found[key] = torch._cslt_sparse_mm_search(**given)
     return _found[key]

@@ -1,0 +1,234 @@
+"""On a GPU: `pytest -m gpu`."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import kernels
+from kernels.block_linear.index import BlockIndex, block_index, gather, scatter
+from kernels.cuda.blob import SIZES
+from kernels.cuda.linear import precision
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+ops = torch.ops.sparse_nas
+BOUND = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float64: 1e-12}
+NARROW = [torch.float32, torch.bfloat16, torch.float16]
+BLOCKS = [(16, 16), (16, 64), (32, 32), (64, 64), (128, 32), (64, 128), (128, 128)]
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """What is allocated is NaN until it is written to."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def drawn(
+    grid: tuple[int, int], block: tuple[int, int], density: float, dtype: torch.dtype
+) -> tuple[Tensor, BlockIndex]:
+    """Values of which a row of blocks is full, one is empty, and their index."""
+    mask = torch.rand(grid, device="cuda") < density
+    mask[0], mask[1] = True, False
+    index = block_index(mask, block)
+    values = torch.randn(len(index.columns), *block, device="cuda") / index.in_features**0.5
+    return values.to(dtype), index
+
+
+def near(y: Tensor, true: Tensor, bound: float) -> bool:
+    return bool((y.double() - true).norm() <= bound * true.norm())
+
+
+def gradients(
+    x: Tensor, values: Tensor, bias: Tensor | None, index: BlockIndex, grad: Tensor
+) -> list[Tensor]:
+    """The output, and the gradients of x, values and bias."""
+    given = [part.detach().requires_grad_() for part in (x, values, bias) if part is not None]
+    own = x.dtype in NARROW and set(index.block) <= set(SIZES)  # cuBLAS refuses to be asked so
+    with poisoned() if own else nullcontext():
+        to = given[2] if bias is not None else None
+        y = ops.block_linear(given[0], given[1], to, index.tensors, grad.shape[-1])
+        return [y.detach(), *torch.autograd.grad(y, given, grad)]
+
+
+def check(
+    x: Tensor, values: Tensor, bias: Tensor | None, index: BlockIndex, bound: float | None = None
+) -> None:
+    """Against float64 on what the kernels are given, twice: bit-equal."""
+    grad = torch.randn(*x.shape[:-1], index.out_features, device="cuda").to(x.dtype)
+    found = gradients(x, values, bias, index, grad)
+    again = gradients(x, values, bias, index, grad)
+    wide = [part.double().requires_grad_() for part in (x, values, bias) if part is not None]
+    true = F.linear(wide[0], scatter(wide[1], index), *wide[2:])
+    wanted = [true.detach(), *torch.autograd.grad(true, wide, grad.double())]
+    for mine, same, its in zip(found, again, wanted, strict=True):
+        assert mine.dtype is x.dtype and mine.shape == its.shape
+        assert not mine.isnan().any() and torch.equal(mine, same)
+        error = (mine.double() - its).norm() / its.norm().clamp(min=1e-30)
+        assert error <= (bound or BOUND[x.dtype]), float(error)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("tokens", [1, 33, 200, 1500])
+def test_it_is_right(tokens: int, dtype: torch.dtype, block: tuple[int, int]) -> None:
+    torch.manual_seed(tokens)
+    values, index = drawn((6, 9), block, 0.4, dtype)
+    x = torch.randn(tokens, index.in_features, device="cuda").to(dtype)
+    check(x, values, None, index)
+    check(x, values, torch.randn(index.out_features, device="cuda").to(dtype), index)
+
+
+@pytest.mark.parametrize(("size", "block"), [(4096, 64), (4096, 128), (4096, 32), (8192, 64)])
+@pytest.mark.parametrize("tokens", [2048, 8192, 8191])
+def test_large_weights(size: int, block: int, tokens: int) -> None:
+    values, index = drawn((size // block, size // block), (block, block), 0.1, torch.bfloat16)
+    x = torch.randn(tokens, size, device="cuda").bfloat16()
+    check(x, values, None, index)
+
+
+@pytest.mark.parametrize("density", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", [*NARROW, torch.float64])
+def test_no_block_every_block_no_tokens(dtype: torch.dtype, density: float) -> None:
+    index = block_index(torch.full((3, 4), density > 0, device="cuda"), (64, 32))
+    values = torch.randn(len(index.columns), 64, 32, device="cuda").to(dtype)
+    for shape in ((100,), (2, 3), (0,)):
+        check(torch.randn(*shape, 128, device="cuda").to(dtype), values, None, index)
+
+
+def test_blocks_that_no_kernel_takes() -> None:
+    values, index = drawn((6, 5), (24, 10), 0.4, torch.float32)
+    check(torch.randn(70, 50, device="cuda"), values, None, index)
+
+
+def test_inputs_may_lie_anyhow() -> None:
+    values, index = drawn((4, 6), (32, 16), 0.4, torch.float16)
+    x = torch.randn(5, 98, device="cuda").half()
+    check(x[:, 1:97], values, None, index)
+    check(torch.randn(96 * 9 + 1, device="cuda").half()[1:].view(9, 96), values, None, index)
+    check(torch.randn(7, 3, 96, device="cuda").half().transpose(0, 1), values, None, index)
+    net = kernels.BlockLinear(index, values)
+    net(x[:, :96]).sum().backward()  # its gradient is one number, expanded
+    assert net.values.grad is not None
+    true = x[:, :96].double().sum(0).expand(128, -1)
+    assert near(net.values.grad, gather(true, index), 1e-3)
+
+
+def test_tf32_where_pytorch_takes_it() -> None:
+    values, index = drawn((8, 8), (64, 64), 0.3, torch.float32)
+    x = torch.randn(500, 512, device="cuda")
+    check(x, values, None, index)
+    exact = ops.block_linear(x, values, None, index.tensors, 512)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        assert precision() == "tf32"
+        check(x, values, None, index, 1e-3)
+        assert not torch.equal(exact, ops.block_linear(x, values, None, index.tensors, 512))
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype: torch.dtype) -> None:
+    values, index = drawn((8, 8), (64, 64), 0.3, torch.float32)
+    net = kernels.BlockLinear(index, values, torch.randn(512, device="cuda"))
+    x = torch.randn(500, 512, device="cuda", requires_grad=True)
+    with torch.autocast("cuda", dtype):
+        y, true = net(x), F.linear(x, net.weight(), net.bias)
+    assert y.dtype is dtype
+    grad = torch.randn_like(y)
+    given = [x, *net.parameters()]
+    found, wanted = (torch.autograd.grad(out, given, grad) for out in (y, true))
+    for mine, its in zip((y, *found), (true, *wanted), strict=True):
+        assert mine.dtype is its.dtype
+        assert near(mine, its.double(), 2 * BOUND[dtype])
+
+
+def test_a_captured_step_is_the_step() -> None:
+    values, index = drawn((8, 8), (64, 64), 0.3, torch.bfloat16)
+    net = kernels.BlockLinear(index, values, torch.randn(512, device="cuda").bfloat16())
+    x = torch.randn(500, 512, device="cuda").bfloat16().requires_grad_()
+    given = [x, *net.parameters()]
+
+    def step() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(net(net(x)).square().sum(), given)
+
+    stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        held = step()
+    for _ in range(10):
+        with torch.no_grad():
+            x.copy_(torch.randn_like(x))
+            net.values.mul_(0.9)
+        graph.replay()
+        assert all(torch.equal(mine, its) for mine, its in zip(held, step(), strict=True))
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")  # torch's own
+def test_it_compiles_as_one_graph(mode: str) -> None:
+    values, index = drawn((8, 8), (64, 64), 0.3, torch.bfloat16)
+    net = kernels.BlockLinear(index, values, torch.randn(512, device="cuda").bfloat16())
+    x = torch.randn(500, 512, device="cuda").bfloat16()
+    compiled = torch.compile(net, fullgraph=True, mode=mode)
+    for _ in range(3):
+        grads = []
+        for call in (net, compiled):
+            net.zero_grad()
+            call(x).float().square().sum().backward()
+            assert net.values.grad is not None
+            grads.append(net.values.grad.clone())
+        assert near(grads[1], grads[0].double(), 4e-3)
+        x = torch.randn_like(x)
+
+
+def test_a_layer_moves() -> None:
+    linear = nn.Linear(256, 256)
+    mask = torch.rand(4, 4) < 0.5
+    net = kernels.BlockLinear.of(linear, (64, 64), mask)
+    x = torch.randn(70, 256)
+    y = net(x)
+    for place in (f"cuda:{torch.cuda.device_count() - 1}", "cuda:0", "cpu"):
+        net = net.to(place)
+        assert net.index.groups.device == torch.device(place)
+        found = net(x.to(place))
+        assert near(found.cpu(), y.double(), 1e-5)
+        found.sum().backward()
+    moved = net.index.to("cuda").tensors
+    assert all(part.is_cuda and part.dtype is torch.int32 for part in moved)
+
+
+def test_devices_may_not_be_mixed() -> None:
+    values, index = drawn((4, 4), (16, 16), 0.5, torch.float32)
+    x = torch.randn(3, 64, device="cuda")
+    with pytest.raises(ValueError, match="index must be 8 contiguous int32 tensors on cuda"):
+        ops.block_linear(x, values, None, index.to("cpu").tensors, 64)
+    with pytest.raises(ValueError, match="values must be"):
+        ops.block_linear(x, values.cpu(), None, index.tensors, 64)
+
+
+def test_gradients_are_those_of_differences_twice() -> None:
+    values, index = drawn((3, 4), (16, 32), 0.4, torch.float64)
+    given = (torch.randn(5, 128, device="cuda").double().requires_grad_(), values.requires_grad_())
+
+    def call(x: Tensor, values: Tensor) -> Tensor:
+        return ops.block_linear(x, values, None, index.tensors, 48)
+
+    assert torch.autograd.gradcheck(call, given, fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, given, fast_mode=True)

@@ -4,6 +4,6 @@ import kernels.network.op
 import kernels.sparse_conv2d.op
 import kernels.sparse_linear.op  # noqa: F401  the imports register the operators
 from kernels import network
-from kernels.packed import Packed, dense, pack_conv2d, pack_linear, validate
+from kernels.packed import Packed, dense, pack_conv2d, pack_linear, tune, validate
 
-__all__ = ["Packed", "dense", "network", "pack_conv2d", "pack_linear", "validate"]
+__all__ = ["Packed", "dense", "network", "pack_conv2d", "pack_linear", "tune", "validate"]

@@ -7,9 +7,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.calls import activation_code
-from kernels.cuda import blob, entries, expand, few
+from kernels.cuda import blob, entries, expand, few, table
 from kernels.reference import activate
 
+KERNELS = ("few", "many", "entries", "expand", "two_of_four", "dense")
 _MANY = 2048  # tokens from which PyTorch's 2:4 was faster than dense
 
 
@@ -22,25 +23,37 @@ def run(
         ValueError: the weight is malformed or does not fit, or an argument has another dtype,
             shape or device.
     """
-    code = activation_code("sparse_linear", activation)
+    activation_code("sparse_linear", activation)
     blocks = blob.read(weight)
-    _check(x, blocks, bias, out_features)
-    shape, tokens = (*x.shape[:-1], out_features), _aligned(x)
+    check(x, blocks, bias, out_features)
+    shape, tokens = (*x.shape[:-1], out_features), aligned(x)
     if not len(tokens):
         return x.new_empty(shape)
-    kernel = chosen(blocks, tokens)
+    return compute(chosen(blocks, tokens), blocks, tokens, bias, activation).view(shape)
+
+
+def compute(
+    kernel: str, blocks: blob.Blocks, x: Tensor, bias: Tensor | None, activation: str
+) -> Tensor:
+    """Gives y (tokens, rows) of x (tokens, channels), as `aligned` gives it, by this kernel."""
     if kernel in ("dense", "two_of_four"):
         wide = None if bias is None else bias.to(x.dtype)
-        held = blocks.values if kernel == "dense" else blocks.two_of_four
+        held = blocks.two_of_four if kernel == "two_of_four" else blocks.whole
         assert held is not None
-        return activate(F.linear(tokens, held, wide).contiguous(), activation).view(shape)
-    wide = None if bias is None else bias.float()
+        return activate(F.linear(x, held, wide).contiguous(), activation)
+    wide, code = None if bias is None else bias.float(), activation_code(kernel, activation)
     with torch.cuda.device(x.device):
-        return _module(kernel).linear(blocks, tokens, wide, code).view(shape)
+        return _module(kernel).linear(blocks, x, wide, code)
 
 
 def chosen(blocks: blob.Blocks, tokens: Tensor) -> str:
-    """The kernel for x (tokens, channels): a module here, or PyTorch's `dense`, `two_of_four`."""
+    """The kernel for x (tokens, channels): a module here, or PyTorch's `dense`, `two_of_four`.
+
+    The fastest where it was measured (`kernels.tune`), else the one of a rule of thumb.
+    """
+    measured = table.fastest(blocks, len(tokens))
+    if measured is not None and takes(measured, blocks, tokens):
+        return measured
     if blocks.dense:
         if entries.takes(blocks, tokens):
             return "entries"
@@ -51,6 +64,17 @@ def chosen(blocks: blob.Blocks, tokens: Tensor) -> str:
     return "few" if few.takes(blocks, tokens) else "many"
 
 
+def takes(kernel: str, blocks: blob.Blocks, x: Tensor) -> bool:
+    """Whether one of `KERNELS` computes x (tokens, channels) with this weight."""
+    if kernel == "dense":
+        return blocks.whole is not None
+    if kernel == "two_of_four":
+        return blocks.two_of_four is not None
+    if kernel == "many":
+        return not blocks.dense
+    return kernel in KERNELS and _module(kernel).takes(blocks, x)
+
+
 def _module(kernel: str) -> Any:
     if kernel == "many":
         from kernels.cuda import many  # not at the top: Triton is imported only where it is needed
@@ -59,13 +83,14 @@ def _module(kernel: str) -> Any:
     return {"few": few, "entries": entries, "expand": expand}[kernel]
 
 
-def _aligned(x: Tensor) -> Tensor:
+def aligned(x: Tensor) -> Tensor:
     """Gives x as (tokens, channels), contiguous, from a multiple of 16 bytes on."""
     tokens = x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
     return tokens.clone() if tokens.data_ptr() % 16 else tokens
 
 
-def _check(x: Tensor, blocks: blob.Blocks, bias: Tensor | None, out_features: int) -> None:
+def check(x: Tensor, blocks: blob.Blocks, bias: Tensor | None, out_features: int) -> None:
+    """Raises ValueError where tensors do not fit each other."""
     shape, stored = (blocks.rows, blocks.channels), blocks.values.dtype
     if not x.dim() or (out_features, x.shape[-1]) != shape:
         raise ValueError(

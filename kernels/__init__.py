@@ -6,6 +6,15 @@ import kernels.sparse_conv2d.op
 import kernels.sparse_linear.op  # noqa: F401  the imports register the operators
 from kernels import network
 from kernels.block_linear.layer import BlockLinear
-from kernels.packed import Packed, dense, pack_conv2d, pack_linear, validate
+from kernels.packed import Packed, dense, pack_conv2d, pack_linear, tune, validate
 
-__all__ = ["BlockLinear", "Packed", "dense", "network", "pack_conv2d", "pack_linear", "validate"]
+__all__ = [
+    "BlockLinear",
+    "Packed",
+    "dense",
+    "network",
+    "pack_conv2d",
+    "pack_linear",
+    "tune",
+    "validate",
+]

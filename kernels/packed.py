@@ -100,6 +100,32 @@ def dense(packed: Packed) -> Tensor:
     return unpack(packed.data).to(_DTYPES[b.shape_of(packed.data.numpy()).dtype])
 
 
+def tune(packed: Packed, x: Tensor, anew: bool = False) -> dict[str, float]:
+    """Measures which GPU kernel is the fastest for a linear weight and as many tokens.
+
+    Every kernel that takes the case is checked against float64 first; what was measured is kept
+    (`kernels.measured`), so that it is measured once for weights like this one. From then on
+    `sparse_linear` takes the fastest for numbers of tokens up to the next power of two.
+
+    Args:
+        packed: of a linear layer, on a GPU.
+        x: (..., in), with the weight's dtype.
+        anew: whether to measure what was measured before.
+
+    Returns:
+        Microseconds of each kernel that is right; `dense` is PyTorch's product.
+
+    Raises:
+        ValueError: the weight is not on a GPU, or x does not fit it or is empty.
+    """
+    if not packed.data.is_cuda or packed.meta["operation"] != "sparse_linear":
+        where = f"{packed.meta['operation']} on {packed.data.device}"
+        raise ValueError(f"tune: needs the weight of a sparse_linear on a GPU, got {where}")
+    from kernels.cuda import tuning  # not at the top: nobody without a GPU needs it
+
+    return tuning.tune(packed.data, x, anew)
+
+
 def unpack(data: Tensor) -> Tensor:
     """The dense float32 weight of a blob that has been checked."""
     raw = data.numpy()

@@ -2,7 +2,7 @@
 
 import zlib
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,8 @@ DENSE, BLOCKS, ENTRIES, CHANNEL = 0, 1, 2, 3
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SIZES = (128, 64, 32, 16)  # rows or columns of a block
 LARGE = 2**24  # weights from which a 2:4 product was faster than dense
+UNPACKED = 0.3  # kept in blocks, from which the weight is held unpacked too
+Made = TypeVar("Made", Tensor, Tensor | None)
 _MAGIC = b"SNBLOCKS"
 _INTS = (
     "rows",
@@ -98,6 +100,8 @@ class Blocks:
             are kept of a channel pattern; made when read.
         two_of_four: the weight as cuSPARSELt wants it where two of every four along a row are kept
             at most and the whole is stored, or None; made when read.
+        whole: (rows, channels): `values` of a dense weight; of blocks what they unpack to, where
+            so much is kept that PyTorch's product may be the fastest, or None; made when read.
     """
 
     form: Form
@@ -112,6 +116,7 @@ class Blocks:
     kept: Tensor
     order: Tensor
     two_of_four: Tensor | None
+    whole: Tensor | None = None
 
     @property
     def has_entries(self) -> bool:
@@ -139,11 +144,19 @@ def read(data: Tensor) -> Blocks:
     if held is None or held[0] != now:
         blocks, replaced = _parse(data.detach()), list[Tensor | None]()
         if held is not None:  # a captured graph may still read what was made of the old weight
-            replaced = [*held[2], held[1].two_of_four]
-            if held[1].order.shape == blocks.order.shape:
-                blocks = replace(blocks, order=held[1].order.copy_(blocks.order))
+            replaced = [*held[2], held[1].two_of_four, held[1].whole]
+            blocks = replace(blocks, order=_over(held[1].order, blocks.order))
+            if not held[1].dense and not blocks.dense:
+                blocks = replace(blocks, whole=_over(held[1].whole, blocks.whole))
         _met[data] = held = (now, blocks, replaced)
     return held[1]
+
+
+def _over(old: Made, new: Made) -> Made:
+    """What was made anew, in the place of what it replaces where it fits."""
+    if old is None or new is None or (old.shape, old.dtype) != (new.shape, new.dtype):
+        return new
+    return old.copy_(new)
 
 
 _met: Any = WeakTensorKeyDictionary()
@@ -270,7 +283,13 @@ def _parse(data: Tensor) -> Blocks:
     sizes = (form, rows, channels, (height, width))
     blocks = Blocks(*sizes, starts, columns, values, whole, *tail, semi)
     _check_index(blocks)
-    return blocks
+    return replace(blocks, whole=_whole(blocks))
+
+
+def _whole(blocks: Blocks) -> Tensor | None:
+    """See `Blocks.whole`."""
+    little = blocks.values.numel() <= UNPACKED * blocks.rows * blocks.channels
+    return None if little and not blocks.dense else unpack(blocks)
 
 
 def _form(head: Any) -> Form:

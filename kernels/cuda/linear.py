@@ -7,8 +7,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.calls import activation_code
-from kernels.cuda import blob, entries, expand, few, two_of_four
+from kernels.cuda import blob, entries, expand, few, table, two_of_four
 from kernels.reference import activate
+
+KERNELS = ("few", "many", "entries", "expand", "two_of_four", "channel", "dense")
 
 
 def run(
@@ -25,6 +27,7 @@ def run(
         raise ValueError(_mismatch(x, blocks, out_features))
     if (out_features, x.shape[-1]) != (blocks.rows, blocks.channels):
         raise ValueError(_mismatch(x, blocks, out_features))
+    activation_code("sparse_linear", activation)
     check("sparse_linear", x, blocks, bias)
     tokens = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     return product(blocks, tokens, bias, activation).view(*x.shape[:-1], out_features)
@@ -32,24 +35,36 @@ def run(
 
 def product(blocks: blob.Blocks, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """Gives act(x W^T + b) (tokens, rows), contiguous, of x (tokens, channels)."""
-    code, tokens = activation_code("sparse_linear", activation), aligned(x)
-    if not len(tokens):
+    if not len(x):
         return x.new_empty(0, blocks.rows)
-    kernel = chosen(blocks, tokens)
-    if kernel == "channel":
-        held = None if bias is None else bias[blocks.order].to(x.dtype)
-        return spread(
-            activate(F.linear(tokens, blocks.values, held), activation), blocks, bias, activation
-        )
-    if kernel in ("dense", "two_of_four"):
-        wide = None if bias is None else bias.to(x.dtype)
-        if kernel == "two_of_four":
-            return activate(two_of_four.linear(blocks, tokens, wide), activation)
-        return activate(F.linear(tokens, blocks.values, wide), activation)
-    wide = None if bias is None else bias.float()
+    tokens = aligned(x)
+    return compute(chosen(blocks, tokens), blocks, tokens, bias, activation)
+
+
+def compute(
+    kernel: str, blocks: blob.Blocks, x: Tensor, bias: Tensor | None, activation: str
+) -> Tensor:
+    """Gives y (tokens, rows) of x (tokens, channels), as `aligned` gives it, by this kernel."""
+    if kernel in ("dense", "two_of_four", "channel"):
+        return _by_pytorch(kernel, blocks, x, bias, activation)
     with torch.cuda.device(x.device):
-        y: Tensor = _module(kernel).linear(blocks, tokens, wide, code)
+        wide, code = None if bias is None else bias.float(), activation_code(kernel, activation)
+        y: Tensor = _module(kernel).linear(blocks, x, wide, code)
         return y
+
+
+def _by_pytorch(
+    kernel: str, blocks: blob.Blocks, x: Tensor, bias: Tensor | None, activation: str
+) -> Tensor:
+    same = None if bias is None else bias.to(x.dtype)
+    if kernel == "two_of_four":
+        return activate(two_of_four.linear(blocks, x, same), activation)
+    if kernel == "channel":
+        held = None if same is None else same[blocks.order]
+        kept = activate(F.linear(x, blocks.values, held), activation)
+        return spread(kept, blocks, bias, activation)
+    assert blocks.whole is not None
+    return activate(F.linear(x, blocks.whole, same), activation)
 
 
 def spread(kept: Tensor, blocks: blob.Blocks, bias: Tensor | None, activation: str) -> Tensor:
@@ -63,8 +78,12 @@ def spread(kept: Tensor, blocks: blob.Blocks, bias: Tensor | None, activation: s
 def chosen(blocks: blob.Blocks, tokens: Tensor) -> str:
     """The kernel for x (tokens, channels): a module here, or what PyTorch's product is given.
 
-    That is the whole weight (`dense`, `two_of_four`) or the rows that are kept (`channel`).
+    That is the whole weight (`dense`, `two_of_four`) or the rows that are kept (`channel`). The
+    fastest where it was measured (`kernels.tune`), else the one of a rule of thumb.
     """
+    measured = table.fastest(blocks, len(tokens))
+    if measured is not None and takes(measured, blocks, tokens):
+        return measured
     if blocks.is_channel:
         return "channel"
     if blocks.dense:
@@ -74,6 +93,19 @@ def chosen(blocks: blob.Blocks, tokens: Tensor) -> str:
             return "expand"
         return "two_of_four" if two_of_four.takes(blocks, tokens) else "dense"
     return "few" if few.takes(blocks, tokens) else "many"
+
+
+def takes(kernel: str, blocks: blob.Blocks, x: Tensor) -> bool:
+    """Whether one of `KERNELS` computes x (tokens, channels) with this weight."""
+    if kernel == "dense":
+        return blocks.whole is not None
+    if kernel == "two_of_four":
+        return two_of_four.takes(blocks, x)
+    if kernel == "channel":
+        return blocks.is_channel
+    if kernel == "many":
+        return not blocks.dense and not blocks.is_channel
+    return kernel in KERNELS and _module(kernel).takes(blocks, x)
 
 
 def _module(kernel: str) -> Any:

@@ -42,12 +42,22 @@ def supported() -> tuple[str, ...]:
     return tuple(isa for isa, needs in _NEEDS.items() if needs <= flags)
 
 
+def processor() -> str:
+    """The processor's name as the system gives it."""
+    return _cpu_says("model name") or platform.processor() or platform.machine()
+
+
 def _cpu_flags() -> set[str]:
+    return set(_cpu_says("flags").split())
+
+
+def _cpu_says(word: str) -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return set()
-    return next((set(line.split()) for line in lines if line.startswith("flags")), set())
+        return ""
+    said = (line.partition(":")[2].strip() for line in lines if line.startswith(word))
+    return next(said, "")
 
 
 def compiler() -> list[str]:

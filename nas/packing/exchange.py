@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -40,7 +40,7 @@ class PackedForward(nn.Module):
 
 
 def exchange(
-    module: nn.Module, example: tuple[Tensor, ...], sparse: bool
+    module: nn.Module, example: tuple[Tensor, ...], sparse: bool, anew: bool
 ) -> tuple[Exchanged, list[Choice], list[str]]:
     """Give each exact `nn.Linear` and `nn.Conv2d` of `module` its fastest kernel, in place.
 
@@ -48,9 +48,14 @@ def exchange(
         module: a private copy in eval mode, parametrizations removed.
         example: inputs; every layer is timed on what it is given first.
         sparse: whether sparse kernels may be chosen.
+        anew: whether to time what was timed before.
     """
+
+    def chosen(name: str, layer: nn.Module, x: Tensor) -> Choice:
+        return choose(_read(name, layer), x, sparse, anew)
+
     candidates = {name: layer for name, layer in module.named_modules() if _is_exact(layer)}
-    choices = _choices_while_running(module, candidates, example, sparse)
+    choices = _choices_while_running(module, candidates, example, chosen)
     for name, choice in choices.items():
         if choice.kernel is choice.sparse:
             _give(candidates[name], choice.kernel)
@@ -58,14 +63,17 @@ def exchange(
 
 
 def _choices_while_running(
-    module: nn.Module, candidates: dict[str, nn.Module], example: tuple[Tensor, ...], sparse: bool
+    module: nn.Module,
+    candidates: dict[str, nn.Module],
+    example: tuple[Tensor, ...],
+    chosen: Callable[[str, nn.Module, Tensor], Choice],
 ) -> dict[str, Choice]:
     choices: dict[str, Choice] = {}
 
     def watch(name: str, layer: nn.Module) -> Any:
         def before(_: nn.Module, args: tuple[Any, ...]) -> None:
             if name not in choices and _is_served(layer, args):
-                choices[name] = choose(_read(name, layer), args[0], sparse)
+                choices[name] = chosen(name, layer, args[0])
 
         return layer.register_forward_pre_hook(before)
 

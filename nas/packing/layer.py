@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import kernels
+from kernels import measured
 from kernels.calls import out_size
 
 aten = torch.ops.aten
@@ -83,6 +84,23 @@ class Layer:
             return kernels.pack_linear(self.weight)
         return kernels.pack_conv2d(self.weight, self.conv.groups)
 
+    def case(self, x: Tensor, packed: bool) -> str:
+        """What the times of its kernels on `x` depend on, in words.
+
+        Args:
+            x: the input.
+            packed: whether a kernel for the packed weight is among them.
+        """
+        words = [self.operation, _size(self.weight.shape), str(self.weight.dtype)]
+        if packed:
+            kept, meta = measured.share(self.nonzeros, self.weight.numel()), self.packed.meta
+            words += ["kept", kept, meta["pattern"], "stored", meta["block"]]
+        if self.conv is not None:
+            words += [f"{name} {value}" for name, value in asdict(self.conv).items()]
+        words += [self.activation, *(["bias"] if self.bias is not None else [])]
+        words += ["of", _size(x.shape), *([] if x.is_contiguous() else [str(x.stride())])]
+        return " ".join([*words, "threads", str(torch.get_num_threads())])
+
     def fused(self) -> dict[str, Any]:
         """What a step of a program needs of it beside its arguments."""
         return {"packed": self.packed, "bias": self.bias, "activation": self.activation}
@@ -90,6 +108,10 @@ class Layer:
     def __call__(self, x: Tensor) -> Tensor:
         """Apply the layer densely."""
         return dense_kernel(self)(x)
+
+
+def _size(shape: torch.Size) -> str:
+    return "x".join(map(str, shape))
 
 
 @dataclass(frozen=True)

@@ -161,7 +161,8 @@ class PackedNetwork(nn.Module):
         """A table of every layer: its kernel, its time and dense's, and what was left out.
 
         `us` is the time of the kernel, `of limit` the share that the least possible time has in
-        it (`PackedLayer.limit_us`). The rows of a run add up to the time of its call.
+        it (`PackedLayer.limit_us`). The rows of a run add up to the time of its call. Where times
+        are those of such a layer that was measured before, a last column says so.
         """
         whole = (f"as a whole: {self.whole}",) if self.whole else ()
         return table(self.layers, self.runs, (*self.notes, *whole))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_leaves
 
+from kernels import measured
 from nas.attention import slow_attention
 from nas.latency import interleaved, using_threads
 from nas.masks import bake
@@ -40,13 +41,15 @@ def pack(
     *,
     kernels: Literal["auto", "dense"] = "auto",
     threads: int | None = None,
+    measure: Literal["once", "anew"] = "once",
 ) -> PackedNetwork:
     """Make the network for inference out of a masked module.
 
     Masks are baked into a copy, which is traced by `torch.export` with a free batch dimension;
     batch norm, bias and activation are fused into the products before them, and every product
     gets the fastest kernel that computes the same, the dense one included, as measured at the
-    example's batch; so does the network as a whole. Where tracing fails, layers are exchanged
+    example's batch; so does the network as a whole. What was measured for a layer is kept for the
+    next such layer on this device (`kernels.measured`). Where tracing fails, layers are exchanged
     one by one in the copy; the reason is logged and kept in `notes`.
 
     Args:
@@ -54,27 +57,43 @@ def pack(
         example_input: float32 tensor or a tuple of tensors on the CPU, the batch first.
         kernels: `auto`, or `dense` for the dense twin: the same path, no zero left out.
         threads: torch's threads while measuring; None for those set.
+        measure: `once`: layers are not timed that were before; `anew`: all are.
 
     Raises:
-        ValueError: where the example is empty or `kernels` is unknown.
+        ValueError: where the example is empty, or `kernels` or `measure` is unknown.
         TypeError: where the example holds anything but tensors.
     """
-    example = _checked(example_input, kernels)
+    _known("kernels", kernels, ("auto", "dense"))
+    _known("measure", measure, ("once", "anew"))
+    example = _checked(example_input)
     plain = bake(copy.deepcopy(module)).eval().requires_grad_(False)
+    how = _How(kernels == "auto", measure == "anew")
     with using_threads(threads), torch.no_grad():
         _run(plain, example)
         try:
-            return _from_graph(plain, example, kernels == "auto")
+            return _from_graph(plain, example, how)
         except Exception as error:  # whatever a graph cannot do, exchanging can; the log says why
             reason = str(error) if isinstance(error, Untraceable) else repr(error)
             log.warning("pack: layers are exchanged one by one: %s", reason)
-            return _by_exchange(plain, example, kernels == "auto", reason)
+            return _by_exchange(plain, example, how, reason)
+        finally:
+            measured.times(example[0].device).keep()
 
 
-def _checked(example: Tensor | tuple[Tensor, ...], kernels: str) -> tuple[Tensor, ...]:
+class _How(NamedTuple):
+    """Whether sparse kernels may be chosen, and whether all is timed anew."""
+
+    sparse: bool
+    anew: bool
+
+
+def _known(name: str, value: str, options: tuple[str, str]) -> None:
+    if value not in options:
+        raise ValueError(f"pack: {name} must be {options[0]!r} or {options[1]!r}, got {value!r}")
+
+
+def _checked(example: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     inputs = (example,) if isinstance(example, Tensor) else tuple(example)
-    if kernels not in ("auto", "dense"):
-        raise ValueError(f"pack: kernels must be 'auto' or 'dense', got {kernels!r}")
     if not inputs or not all(isinstance(x, Tensor) for x in inputs):
         kinds = ", ".join(type(x).__name__ for x in inputs)
         raise TypeError(f"pack: example_input must be a tensor or a tuple of them, got ({kinds})")
@@ -90,16 +109,16 @@ def _run(module: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
         return module(*(tensor.clone() for tensor in inputs))
 
 
-def _from_graph(plain: nn.Module, example: tuple[Tensor, ...], sparse: bool) -> PackedNetwork:
+def _from_graph(plain: nn.Module, example: tuple[Tensor, ...], how: _How) -> PackedNetwork:
     traced = trace(plain, example)
     paths = {id(parameter): path for path, parameter in plain.named_parameters()}
     notes = fuse(traced.module, paths)
-    choices = _tune(traced.module, example, sparse)
+    choices = _tune(traced.module, example, how)
     notes += tuple(choice.note for choice in choices.values() if choice.note)
-    runs = find_runs(traced.module, choices, example, sparse)
+    runs = find_runs(traced.module, choices, example, how.sparse)
     network = _network(traced, choices, runs, notes, example)
     some = runs or any(c.kernel is c.sparse for c in choices.values())
-    if sparse and some and not _far_ahead(choices, runs):
+    if how.sparse and some and not _far_ahead(choices, runs):
         dense = {node: as_dense(choice) for node, choice in choices.items()}
         network = _faster(network, _network(traced, dense, [], notes, example), example)
     _verify(network, plain, example)
@@ -154,9 +173,9 @@ def _placements(choices: dict[Node, Choice], runs: list[Run]) -> list[Placement]
 
 
 def _by_exchange(
-    plain: nn.Module, example: tuple[Tensor, ...], sparse: bool, reason: str
+    plain: nn.Module, example: tuple[Tensor, ...], how: _How, reason: str
 ) -> PackedNetwork:
-    body, choices, left_out = exchange(plain, example, sparse)
+    body, choices, left_out = exchange(plain, example, *how)
     notes = [f"layers exchanged one by one: {reason}", *left_out]
     notes += [choice.note for choice in choices if choice.note]
     return PackedNetwork(body, tuple(map(row, choices)), tuple(notes))
@@ -165,20 +184,20 @@ def _by_exchange(
 class _Tuner(Interpreter):
     """Runs a graph and chooses each layer's kernel on the very input that reaches it."""
 
-    def __init__(self, module: GraphModule, sparse: bool) -> None:
+    def __init__(self, module: GraphModule, how: _How) -> None:
         super().__init__(module)
-        self.sparse = sparse
+        self.how = how
         self.choices: dict[Node, Choice] = {}
 
     def run_node(self, n: Node) -> Any:
         if isinstance(n.target, Layer):
             (x,), _ = self.fetch_args_kwargs_from_env(n)
-            self.choices[n] = choose(n.target, x, self.sparse)
+            self.choices[n] = choose(n.target, x, *self.how)
         return super().run_node(n)
 
 
-def _tune(module: GraphModule, example: tuple[Tensor, ...], sparse: bool) -> dict[Node, Choice]:
-    tuner = _Tuner(module, sparse)
+def _tune(module: GraphModule, example: tuple[Tensor, ...], how: _How) -> dict[Node, Choice]:
+    tuner = _Tuner(module, how)
     tuner.run(*(tensor.clone() for tensor in example))
     return tuner.choices
 

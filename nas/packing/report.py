@@ -39,6 +39,8 @@ class PackedLayer:
             multiply-adds (non-zeros times samples, or output pixels) over a core's peak and bytes
             (non-zeros, input and output once each) over its bandwidth from a buffer of that size;
             of several threads each has an equal part of both. None without a compiled core.
+        measured: `now`, as it was packed; `earlier`: both times come from such a layer that was
+            measured before; `dense earlier`: only dense_us does.
     """
 
     layer: str
@@ -51,6 +53,7 @@ class PackedLayer:
     us: float
     dense_us: float
     limit_us: float | None
+    measured: str = "now"
 
     @property
     def ratio(self) -> float:
@@ -83,7 +86,8 @@ def describe(
     for index, run in enumerate(runs):
         kernel = f"sparse_chain[{index}]"
         for node, us in run.spent.layers_us.items():
-            rows[node] = replace(rows[node], kernel=kernel, us=us)
+            when = "dense earlier" if choices[node].earlier else "now"
+            rows[node] = replace(rows[node], kernel=kernel, us=us, measured=when)
         parts.append(PackedRun(kernel, run.spent.between_us, run.spent.call_us))
     return tuple(rows.values()), tuple(parts)
 
@@ -103,6 +107,7 @@ def row(choice: Choice) -> PackedLayer:
         choice.us,
         choice.dense_us,
         limit_us(layer, choice.shape, torch.get_num_threads()),
+        "earlier" if choice.earlier else "now",
     )
 
 
@@ -119,8 +124,13 @@ def limit_us(layer: Layer, given: tuple[int, ...], threads: int) -> float | None
 def table(
     layers: tuple[PackedLayer, ...], runs: tuple[PackedRun, ...], notes: tuple[str, ...]
 ) -> str:
-    """A plain text table of `layers` and of what else `runs` do, with `notes` below it."""
-    cells = [(*_HEAD, *_TIMES), *_rows(layers, {run.kernel: run for run in runs})]
+    """A plain text table of `layers` and of what else `runs` do, with `notes` below it.
+
+    Where a time was measured earlier, a last column says of which rows.
+    """
+    cells = [(*_HEAD, *_TIMES, "measured"), *_rows(layers, {run.kernel: run for run in runs})]
+    if all(layer.measured == "now" for layer in layers):
+        cells = [line[:-1] for line in cells]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
     return "\n".join([*lines, *(f"note: {note}" for note in notes)])
@@ -149,6 +159,7 @@ def _cells(line: PackedLayer) -> tuple[str, ...]:
         "-" if line.limit_us is None else f"{line.limit_us / line.us:.0%}",
         f"{line.dense_us:.1f}",
         f"{line.ratio:.2f}",
+        line.measured,
     )
 
 
@@ -156,4 +167,4 @@ def _rest(run: PackedRun) -> Iterator[tuple[str, ...]]:
     parts = {"(pooling, sums, copies)": run.between_us, "(the call)": run.call_us}
     for name, us in parts.items():
         if us:
-            yield (name, "-", "-", "-", "-", run.kernel, f"{us:.1f}", "-", "-", "-")
+            yield (name, "-", "-", "-", "-", run.kernel, f"{us:.1f}", "-", "-", "-", "now")

@@ -1,4 +1,4 @@
-"""Choosing the kernel of a layer by checking and timing all that compute the same."""
+"""Choosing the kernel of a layer among all that compute the same, by times measured once."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kernels import measured
 from nas.latency import interleaved
 from nas.packing.layer import (
     Kernel,
@@ -34,6 +35,7 @@ class Choice:
         sparse: the sparse kernel, right and timed, whether chosen or not; or None.
         sparse_us: its time, or None.
         note: why no sparse kernel could be used although it was worth trying, or "".
+        earlier: whether the times were not taken now but earlier, of a layer like this one.
     """
 
     layer: Layer
@@ -44,29 +46,52 @@ class Choice:
     sparse: Kernel | None = None
     sparse_us: float | None = None
     note: str = ""
+    earlier: bool = False
 
 
-def choose(layer: Layer, x: Tensor, sparse: bool) -> Choice:
-    """Time the kernels for `layer` on `x`; only the dense one if not `sparse` or hardly sparse."""
+def choose(layer: Layer, x: Tensor, sparse: bool, anew: bool = False) -> Choice:
+    """The fastest kernel for `layer` on `x`, the sparse one checked each time.
+
+    Args:
+        layer: the layer.
+        x: its input.
+        sparse: whether its sparse kernel is tried, where its weight is worth it.
+        anew: whether kernels are timed although they were, on this device for such a layer.
+    """
     dense = dense_kernel(layer)
     if not sparse or layer.sparsity < WORTH_PACKING:
-        (us,) = time_us([dense], x)
-        return Choice(layer, tuple(x.shape), dense, us, us)
+        (us,), earlier = _timed(layer, [dense], x, anew)
+        return Choice(layer, tuple(x.shape), dense, us, us, earlier=earlier)
     try:
         candidate = sparse_kernel(layer)
         wrong = difference(layer, x, dense(x), candidate(x))
     except (RuntimeError, ValueError, NotImplementedError) as error:
         wrong = f"refused: {error}"
     if wrong:
-        return replace(choose(layer, x, False), note=f"{layer.name}: sparse kernel {wrong}")
-    dense_us, sparse_us = time_us([dense, candidate], x)
+        return replace(choose(layer, x, False, anew), note=f"{layer.name}: sparse kernel {wrong}")
+    (dense_us, sparse_us), earlier = _timed(layer, [dense, candidate], x, anew)
     fastest, us = (candidate, sparse_us) if sparse_us < dense_us else (dense, dense_us)
-    return Choice(layer, tuple(x.shape), fastest, us, dense_us, candidate, sparse_us)
+    both = (dense_us, candidate, sparse_us)
+    return Choice(layer, tuple(x.shape), fastest, us, *both, earlier=earlier)
 
 
 def as_dense(choice: Choice) -> Choice:
     """`choice` with the dense kernel instead."""
     return replace(choice, kernel=dense_kernel(choice.layer), us=choice.dense_us)
+
+
+def _timed(
+    layer: Layer, candidates: list[Kernel], x: Tensor, anew: bool
+) -> tuple[list[float], bool]:
+    """Microseconds of each candidate, and whether they were measured earlier."""
+    names, times = [kernel.name for kernel in candidates], measured.times(x.device)
+    case = layer.case(x, packed=len(candidates) > 1)
+    known = None if anew else times.of(case, names)
+    if known is not None:
+        return [known[name] for name in names], True
+    us = time_us(candidates, x)
+    times.put(case, dict(zip(names, us, strict=True)))
+    return us, False
 
 
 def time_us(candidates: list[Kernel], x: Tensor, seconds: float = SECONDS) -> list[float]:

@@ -1,0 +1,98 @@
+"""How long calls take on a GPU: graphs that are replayed, between two events."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Call = Callable[[], Any]
+_FLUSHED = 2**28  # bytes that are written so that nothing else is left in the caches
+
+
+def replayed(call: Call) -> Call:
+    """A call that replays a graph of what `call` does; `call` itself where none can be captured.
+
+    The graph reads what `call` read where it was then: hold on to `call` as long.
+    """
+    here, side = torch.cuda.current_stream(), _side(torch.cuda.current_device())
+    side.wait_stream(here)
+    with torch.cuda.stream(side):
+        for _ in range(2):  # kernels are loaded, and what PyTorch keeps for a stream is made
+            call()
+        torch.cuda.synchronize()
+        graph = _captured(call)
+    here.wait_stream(side)
+    return call if graph is None else graph.replay
+
+
+def seconds(call: Call, repeat: int, cold: bool = False) -> float:
+    """Mean seconds of so many calls; `cold`: none finds anything in the caches.
+
+    Cold is how a layer finds its weight where the other layers' are more than the caches hold.
+    """
+    if cold:
+        return sum(_between(call, 1, _flush) for _ in range(repeat)) / repeat
+    return _between(call, repeat, torch.cuda.synchronize) / repeat
+
+
+def in_turn_us(calls: Sequence[Call], rounds: int) -> list[float]:
+    """Median microseconds of each call, cold, in so many rounds of all of them."""
+    replays = [replayed(call) for call in calls]
+    for replay in replays:
+        seconds(replay, 1, cold=True)
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(rounds):
+        for series, replay in zip(times, replays, strict=True):
+            series.append(seconds(replay, 1, cold=True) * 1e6)
+    return [statistics.median(series) for series in times]
+
+
+def _captured(call: Call) -> torch.cuda.CUDAGraph | None:
+    """A graph of the call on this stream, which is not the default one; None where it cannot be.
+
+    As `torch.cuda.graph` does, which first collects garbage and empties PyTorch's cache: a tenth
+    of a second for each layer.
+    """
+    graph = torch.cuda.CUDAGraph()
+    try:
+        graph.capture_begin(capture_error_mode="thread_local")
+        call()
+        graph.capture_end()
+    except Exception:  # whatever it is, the call by itself will say it, or run
+        with suppress(RuntimeError):
+            graph.capture_end()
+        torch.cuda.synchronize()
+        return None
+    return graph
+
+
+def _between(call: Call, repeat: int, before: Call) -> float:
+    event: Any = torch.cuda.Event
+    begun, ended = event(enable_timing=True), event(enable_timing=True)
+    before()
+    begun.record()
+    for _ in range(repeat):
+        call()
+    ended.record()
+    ended.synchronize()
+    return begun.elapsed_time(ended) / 1e3
+
+
+def _flush() -> None:
+    """Also keeps the GPU busy until what is timed was asked for."""
+    _scratch(torch.cuda.current_device()).zero_()
+
+
+@cache
+def _scratch(device: int) -> Tensor:
+    return torch.empty(_FLUSHED, dtype=torch.uint8, device=f"cuda:{device}")
+
+
+@cache
+def _side(device: int) -> Any:
+    stream: Any = torch.cuda.Stream
+    return stream(device)

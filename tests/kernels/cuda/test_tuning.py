@@ -1,0 +1,172 @@
+"""Which kernel takes a packed weight, as measured; kernels and clock are this test's own here."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import kernels
+from kernels import measured
+from kernels.cuda import blob, clock, linear, pack, table, tuning
+
+Call = Callable[[], Tensor]
+
+
+def weight(share: float, block: int = 16, size: int = 128) -> Tensor:
+    torch.manual_seed(0)
+    side = size // block
+    order = torch.rand(side * side).argsort().argsort().view(side, side)
+    mask = (order < share * side * side).repeat_interleave(block, 0).repeat_interleave(block, 1)
+    return torch.randn(size, size) * mask
+
+
+@pytest.fixture
+def on_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, float]]:
+    """Kernels compute plainly on the CPU and take what the returned table says, microseconds."""
+    taken = {"few": 3.0, "many": 2.0, "dense": 1.0, "entries": 5.0, "expand": 6.0}
+
+    def compute(kernel: str, blocks: blob.Blocks, x: Tensor, bias: Any, activation: str) -> Tensor:
+        return F.linear(x, blob.unpack(blocks))
+
+    def takes(kernel: str, blocks: blob.Blocks, x: Tensor) -> bool:
+        if kernel in ("few", "many"):
+            return not blocks.dense and (kernel == "many" or len(x) <= 64)
+        return kernel == "dense" and blocks.whole is not None
+
+    def in_turn_us(calls: Sequence[Any], rounds: int) -> list[float]:
+        return [taken[call.args[0]] for call in calls]
+
+    monkeypatch.setattr(linear, "compute", compute)
+    monkeypatch.setattr(linear, "takes", takes)
+    monkeypatch.setattr(clock, "in_turn_us", in_turn_us)
+    monkeypatch.setenv("SPARSE_NAS_MEASURED", "on")
+    monkeypatch.setenv("SPARSE_NAS_CACHE", str(tmp_path))
+    monkeypatch.setattr(measured, "_cpu", lambda: "stands for a GPU")
+    measured._times.cache_clear()
+    yield taken
+    measured._times.cache_clear()
+
+
+def test_the_fastest_kernel_is_chosen_up_to_the_next_power_of_two(
+    on_cpu: dict[str, float],
+) -> None:
+    data = pack.pack_linear(weight(0.5)).data
+    blocks = blob.read(data)
+    assert table.fastest(blocks, 20) is None
+    assert tuning.tune(data, torch.randn(2, 10, 128)) == {"few": 3.0, "many": 2.0, "dense": 1.0}
+    assert [table.fastest(blocks, n) for n in (16, 17, 32, 33)] == [None, "dense", "dense", None]
+    assert linear.chosen(blocks, torch.randn(30, 128)) == "dense"
+    assert linear.chosen(blocks, torch.randn(300, 128)) == "many"  # by the rule of thumb
+
+
+def test_weights_that_are_alike_are_measured_once(
+    on_cpu: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(8, 128)
+    first = tuning.tune(pack.pack_linear(weight(0.5)).data, x)
+    on_cpu["few"] = 0.5
+    alike = pack.pack_linear(2 * weight(0.5).roll(16, 0)).data
+    assert tuning.tune(alike, x) == first
+    assert table.fastest(blob.read(alike), 8) == "dense"
+    assert tuning.tune(alike, x, anew=True)["few"] == 0.5
+    assert table.fastest(blob.read(alike), 8) == "few"
+    other = pack.pack_linear(weight(0.2)).data
+    assert table.fastest(blob.read(other), 8) is None
+    monkeypatch.setattr(tuning, "_measure", None)
+    measured._times.cache_clear()  # another process, which meets a weight like it
+    late = blob.read(pack.pack_linear(weight(0.5)).data)
+    assert table.fastest(late, 7) == "few" and table.fastest(late, 9) is None
+
+
+def test_switched_off_what_was_measured_holds_for_its_weight(
+    on_cpu: dict[str, float], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SPARSE_NAS_MEASURED", "off")
+    data = pack.pack_linear(weight(0.5)).data
+    tuning.tune(data, torch.randn(8, 128))
+    assert table.fastest(blob.read(data), 8) == "dense"
+    assert table.fastest(blob.read(pack.pack_linear(weight(0.5)).data), 8) is None
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "reason"),
+    [
+        (lambda y: y + 1e-3, "lies .* from the true one"),
+        (lambda y: y * float("nan"), "lies nan from"),
+        (lambda y: y[:, 1:], "must match the size"),
+    ],
+)
+def test_a_wrong_kernel_has_no_time(
+    spoiled: Callable[[Tensor], Tensor],
+    reason: str,
+    on_cpu: dict[str, float],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    compute = linear.compute
+
+    def wrong(kernel: str, *rest: Any) -> Tensor:
+        y = compute(kernel, *rest)
+        return spoiled(y) if kernel == "dense" else y
+
+    monkeypatch.setattr(linear, "compute", wrong)
+    data = pack.pack_linear(weight(0.5)).data
+    with caplog.at_level(logging.WARNING, logger="kernels"):
+        assert tuning.tune(data, torch.randn(5000, 128)).keys() == {"many"}
+    assert caplog.text.count("tune: dense is left out") == 1
+    assert re.search(reason, caplog.text)
+
+
+def test_an_unknown_kernel_in_a_file_is_not_taken() -> None:
+    blocks = blob.read(pack.pack_linear(weight(0.5)).data)
+    for name in ("gone", "entries", "two_of_four"):
+        table.of(blocks)[128] = name
+        assert linear.chosen(blocks, torch.randn(100, 128)) == "many"
+
+
+def test_blocks_of_which_much_is_kept_are_held_unpacked_too() -> None:
+    for share, held in ((0.2, False), (0.5, True)):
+        given = weight(share)
+        data = pack.pack_linear(given).data
+        blocks = blob.read(data)
+        assert not blocks.dense and (blocks.whole is not None) == held
+        x = torch.randn(3, 128)
+        assert linear.takes("dense", blocks, x) == held
+        if blocks.whole is not None:
+            assert torch.equal(blocks.whole, given)
+            y = linear.compute("dense", blocks, x, torch.ones(128), "relu")
+            torch.testing.assert_close(y, F.relu(F.linear(x, given, torch.ones(128))))
+
+
+def test_what_a_captured_graph_reads_is_written_over() -> None:
+    first, second = (pack.pack_linear(f * weight(0.5)).data for f in (1, 2))
+    whole = blob.read(first).whole
+    assert whole is not None
+    first.copy_(second)
+    again = blob.read(first).whole
+    assert again is not None and again.data_ptr() == whole.data_ptr()
+    assert torch.equal(whole, 2 * weight(0.5))
+
+
+def test_buckets_are_powers_of_two() -> None:
+    found = [table.bucket(n) for n in (0, 1, 2, 3, 4, 5, 64, 65, 6272)]
+    assert found == [1, 1, 2, 4, 4, 8, 64, 128, 8192]
+
+
+def test_what_cannot_be_tuned_is_named(on_cpu: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="sparse_linear on a GPU, got sparse_linear on cpu"):
+        kernels.tune(kernels.pack_linear(weight(0.5)), torch.randn(2, 128))
+    data = pack.pack_linear(weight(0.5)).data
+    with pytest.raises(ValueError, match=r"must be \(\.\.\., 128\), not empty, got \(2, 64\)"):
+        tuning.tune(data, torch.randn(2, 64))
+    with pytest.raises(ValueError, match="not empty"):
+        tuning.tune(data, torch.randn(0, 128))

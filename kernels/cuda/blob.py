@@ -240,9 +240,32 @@ def _parse(data: Tensor) -> Blocks:
     fits = data.dtype is torch.uint8 and data.dim() == 1 and data.is_contiguous()
     _rule(fits, "data", "contiguous (n,) uint8", f"{tuple(data.shape)} {data.dtype}")
     head = _head(data[:_SPACE].cpu().numpy())
+    form = _form(head)
+    stored, lengths = _lengths(head, form)
+    offsets, end = _offsets(lengths)
+    found = [int(head[f"at_{name}"]) for name in _SECTIONS]
+    _rule(found == offsets, "sections", f"at {offsets}", found)
+    _rule(int(head["bytes"]) == end == len(data), "bytes", str(end), (head["bytes"], len(data)))
+    parts = [data[o : o + n] for o, n in zip(offsets, lengths, strict=True)]
+    starts, columns, tiles, kept = (parts[i].view(torch.int32) for i in (0, 1, 3, 4))
+    rows, channels, height, width, count, _ = (int(head[name]) for name in _INTS[:6])
+    kind = int(head["kind"])
+    shapes = {BLOCKS: (count, height, width), CHANNEL: (count, channels)}
+    values = parts[2].view(stored).view(shapes.get(kind, (rows, channels)))
+    order = starts.diff().argsort(descending=True, stable=True).int()
+    order = columns.long() if kind == CHANNEL else order
+    whole = kind in (DENSE, ENTRIES)
+    semi = _two_of_four(values) if whole and form.taps == form.groups == 1 else None
+    sizes = (form, rows, channels, (height, width))
+    blocks = Blocks(*sizes, starts, columns, values, whole, tiles, kept, order, semi)
+    _check_index(blocks)
+    return replace(blocks, whole=_whole(blocks))
+
+
+def _lengths(head: Any, form: Form) -> tuple[torch.dtype, list[int]]:
+    """The dtype of values, and how many bytes the sections have."""
     rows, channels, height, width, count, _ = (int(head[name]) for name in _INTS[:6])
     dtype, kind, kept = (int(head[name]) for name in _INTS[6:9])
-    form = _form(head)
     _rule(kind in (DENSE, BLOCKS, ENTRIES, CHANNEL), "kind", "0, 1, 2 or 3", kind)
     _rule(dtype in DTYPES.values(), "dtype", "0, 1 or 2", dtype)
     _rule(min(rows, channels, count, kept) >= 0, "shape", "non-negative", (rows, channels, count))
@@ -254,36 +277,16 @@ def _parse(data: Tensor) -> Blocks:
     else:
         _rule((height, width) == (rows, channels), "block", "the whole", (height, width))
     stored = next(known for known, number in DTYPES.items() if number == dtype)
-    lines = {DENSE: 0, CHANNEL: 0, ENTRIES: rows + 1}.get(kind, rows // max(1, height) + 1)
     _rule(kind != DENSE or count == 0, "entries", "none", count)
     _rule(kind != ENTRIES or stored.itemsize == 2, "dtype of entries", "of 2 bytes", stored)
     _rule(kind != ENTRIES or form.taps == form.groups == 1, "kernel of entries", "1x1", form)
     _rule(kind != CHANNEL or form.groups == 1, "groups of a channel pattern", "1", form.groups)
+    lines = {DENSE: 0, CHANNEL: 0, ENTRIES: rows + 1}.get(kind, rows // max(1, height) + 1)
     size = {BLOCKS: count * height * width, CHANNEL: count * channels}.get(kind, rows * channels)
     tiled = kind == ENTRIES and rows % 16 == 0 and channels % 32 == 0
     tiles = rows * channels // 512 if tiled else 0
     _rule(tiled or kept == 0, "kept", "none", kept)
-    lengths = [4 * lines, 4 * count, size * stored.itemsize]
-    lengths += [4 * (tiles + tiled), 4 * kept]
-    offsets, end = _offsets(lengths)
-    _rule(
-        [int(head[f"at_{n}"]) for n in _SECTIONS] == offsets, "sections", f"at {offsets}", "others"
-    )
-    _rule(int(head["bytes"]) == end == len(data), "bytes", str(end), (head["bytes"], len(data)))
-    parts = [data[o : o + n] for o, n in zip(offsets, lengths, strict=True)]
-    starts, columns = (part.view(torch.int32) for part in parts[:2])
-    values = parts[2].view(stored)
-    whole = kind in (DENSE, ENTRIES)
-    shapes = {BLOCKS: (count, height, width), CHANNEL: (count, channels)}
-    values = values.view(shapes.get(kind, (rows, channels)))
-    order = starts.diff().argsort(descending=True, stable=True).int()
-    order = columns.long() if kind == CHANNEL else order
-    tail = (parts[3].view(torch.int32), parts[4].view(torch.int32), order)
-    semi = _two_of_four(values) if whole and form.taps == form.groups == 1 else None
-    sizes = (form, rows, channels, (height, width))
-    blocks = Blocks(*sizes, starts, columns, values, whole, *tail, semi)
-    _check_index(blocks)
-    return replace(blocks, whole=_whole(blocks))
+    return stored, [4 * lines, 4 * count, size * stored.itemsize, 4 * (tiles + tiled), 4 * kept]
 
 
 def _whole(blocks: Blocks) -> Tensor | None:

@@ -14,12 +14,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.cuda.blob import Blocks
 from kernels.cuda.linear import precision
-from kernels.cuda.many import TYPES, activated, early, placed
+from kernels.cuda.many import TYPES, after, early, finished, placed, weights
 
 Pair = tuple[int, int]
 Box = tuple[int, int, int]
@@ -141,68 +140,76 @@ def _window(how: Plan) -> list[int]:
 
 
 @triton.jit
+def _pixels(image, row, column, height, width):
+    """Where pixels lie, and whether they are inside their image."""
+    inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+    return (image.to(tl.int64) * height + row) * width + column, inside
+
+
+@triton.jit
+def _under(
+    x, corner, pixels, dy, dx, channel, height, width,
+    CHANNELS: tl.constexpr, STEP: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    UP: tl.constexpr, LEFT: tl.constexpr, PIXELS: tl.constexpr, BULK: tl.constexpr,
+):  # fmt: skip
+    """The pixels under a kernel position (pixels, STEP): dy, dx behind UP, LEFT whole strides."""
+    if BULK:
+        box = x.load([
+            corner[0], corner[1] - UP + dy // STRIDE_H, dy % STRIDE_H,
+            corner[2] - LEFT + dx // STRIDE_W, dx % STRIDE_W * CHANNELS + channel,
+        ])  # fmt: skip
+        return box.reshape([PIXELS, STEP])
+    else:
+        image, row, column, real = pixels
+        row, column = (row - UP) * STRIDE_H + dy, (column - LEFT) * STRIDE_W + dx
+        place, inside = _pixels(image, row, column, height, width)
+        from_x = x + place[:, None] * CHANNELS + channel + tl.arange(0, STEP)[None, :]
+        return tl.load(from_x, mask=(inside & real)[:, None], other=0.0)
+
+
+@triton.jit
 def _conv2d(
     x, values, order, starts, columns, bias, y,
     images, height, width, out_height, out_width, rows,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr,
-    CHANNELS: tl.constexpr, ACROSS: tl.constexpr,
-    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
-    APART_H: tl.constexpr, APART_W: tl.constexpr,
+    CHANNELS: tl.constexpr, ACROSS: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr, PAD_W: tl.constexpr, APART_H: tl.constexpr, APART_W: tl.constexpr,
     IMAGES: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr, GROUP: tl.constexpr,
     SORTED: tl.constexpr, BULK: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
     PIXELS: tl.constexpr = IMAGES * TALL * WIDE
-    UP: tl.constexpr = (PAD_H + STRIDE_H - 1) // STRIDE_H  # steps, so that rests are not negative
+    UP: tl.constexpr = (PAD_H + STRIDE_H - 1) // STRIDE_H  # strides, so that no rest is negative
     LEFT: tl.constexpr = (PAD_W + STRIDE_W - 1) // STRIDE_W
     down, across = tl.cdiv(out_height, TALL), tl.cdiv(out_width, WIDE)
     box, line = placed(tl.cdiv(images, IMAGES) * down * across, rows // HEIGHT, GROUP)
     if SORTED:
         line = tl.load(order + line)
-    first = box // (down * across) * IMAGES
-    top, left = box // across % down * TALL, box % across * WIDE
-    pixel, row = tl.arange(0, PIXELS), line * HEIGHT + tl.arange(0, HEIGHT)
-    image = first + pixel // (TALL * WIDE)
-    out_row, out_column = top + pixel // WIDE % TALL, left + pixel % WIDE
-    real = (image < images) & (out_row < out_height) & (out_column < out_width)
-    lane = tl.arange(0, STEP)
-    total = tl.zeros([HEIGHT, PIXELS], tl.float32)
+    corner = (box // (down * across) * IMAGES, box // across % down * TALL, box % across * WIDE)
+    pixel = tl.arange(0, PIXELS)
+    image, out_row = corner[0] + pixel // (TALL * WIDE), corner[1] + pixel // WIDE % TALL
+    place, inside = _pixels(image, out_row, corner[2] + pixel % WIDE, out_height, out_width)
+    pixels = (image, out_row, corner[2] + pixel % WIDE, inside & (image < images))
     begin, end = tl.load(starts + line), tl.load(starts + line + 1)
     next_at = tl.load(columns + begin, mask=begin < end, other=0)
-    if BULK:
-        gdc_launch_dependents()
-        gdc_wait()  # for x; what came before reads the weight
+    after(BULK)
+    total = tl.zeros([HEIGHT, PIXELS], tl.float32)
     for i in range(begin * STEPS, end * STEPS):
-        block, side = i // STEPS, i % STEPS * STEP
-        at = next_at * WIDTH + side
+        at = next_at * WIDTH + i % STEPS * STEP
         # asked for a step ahead: what it brings waits for it
         next_at = tl.load(columns + tl.minimum((i + 1) // STEPS, end - 1))
-        tap, channel = at // CHANNELS, at % CHANNELS
-        dy = tap // ACROSS * APART_H - PAD_H + UP * STRIDE_H
-        dx = tap % ACROSS * APART_W - PAD_W + LEFT * STRIDE_W
-        if BULK:
-            w = values.load([block * HEIGHT, side])
-            window = x.load([
-                first, top - UP + dy // STRIDE_H, dy % STRIDE_H,
-                left - LEFT + dx // STRIDE_W, dx % STRIDE_W * CHANNELS + channel,
-            ])  # fmt: skip
-            part = window.reshape([PIXELS, STEP])
-        else:
-            here = tl.full([], HEIGHT * WIDTH, tl.int64) * block + side
-            w = tl.load(values + here + tl.arange(0, HEIGHT)[:, None] * WIDTH + lane[None, :])
-            in_row = (out_row - UP) * STRIDE_H + dy
-            in_column = (out_column - LEFT) * STRIDE_W + dx
-            inside = (in_row >= 0) & (in_row < height) & (in_column >= 0) & (in_column < width)
-            source = (image.to(tl.int64) * height + in_row) * width + in_column
-            from_x = x + source[:, None] * CHANNELS + channel + lane[None, :]
-            part = tl.load(from_x, mask=(inside & real)[:, None], other=0.0)
+        w = weights(values, i // STEPS, i % STEPS * STEP, HEIGHT, WIDTH, STEP, BULK, False)
+        dy = at // CHANNELS // ACROSS * APART_H - PAD_H + UP * STRIDE_H
+        dx = at // CHANNELS % ACROSS * APART_W - PAD_W + LEFT * STRIDE_W
+        part = _under(
+            x, corner, pixels, dy, dx, at % CHANNELS, height, width,
+            CHANNELS, STEP, STRIDE_H, STRIDE_W, UP, LEFT, PIXELS, BULK,
+        )  # fmt: skip
         total = tl.dot(w, part.T, total, input_precision=PRECISION)
-    total = total.T
-    if BIAS:
-        total += tl.load(bias + row).to(tl.float32)[None, :]
-    total = activated(total, ACTIVATION).to(OUT)
+    row = line * HEIGHT + tl.arange(0, HEIGHT)
+    total = finished(total.T, bias, row, BIAS, ACTIVATION).to(OUT)
     if BULK:
-        y.store([first, top, left, line * HEIGHT], total.reshape([IMAGES, TALL, WIDE, HEIGHT]))
+        shape: tl.constexpr = [IMAGES, TALL, WIDE, HEIGHT]
+        y.store([corner[0], corner[1], corner[2], line * HEIGHT], total.reshape(shape))
     else:
-        target = (image.to(tl.int64) * out_height + out_row) * out_width + out_column
-        tl.store(y + target[:, None] * rows + row[None, :], total, mask=real[:, None])
+        tl.store(y + place[:, None] * rows + row[None, :], total, mask=pixels[3][:, None])

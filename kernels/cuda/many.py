@@ -150,8 +150,18 @@ def early(possible: bool) -> dict[str, bool]:
 
 
 @triton.jit
-def activated(v, KIND: tl.constexpr):
-    """Behind an activation, by its number in `kernels.calls`."""
+def after(EARLY: tl.constexpr):
+    """Where `early`, the next kernel may begin, and what reads x waits for the one before."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+
+
+@triton.jit
+def finished(v, bias, row, BIAS: tl.constexpr, KIND: tl.constexpr):
+    """Sums (tokens, rows), their bias added, behind an activation's number in `kernels.calls`."""
+    if BIAS:
+        v += tl.load(bias + row).to(tl.float32)[None, :]
     if KIND == 1 or KIND == 2:
         v = tl.where(v < 0, 0.0, v)
     if KIND == 2:
@@ -192,9 +202,7 @@ def _linear(
     next_place = next_at
     if PLACES:
         next_place = tl.load(places + begin, mask=begin < end, other=0)
-    if BULK:
-        gdc_launch_dependents()
-        gdc_wait()  # for x; what came before reads the weight
+    after(BULK)
     for i in range(begin * STEPS, end * STEPS):
         block, side = i // STEPS, i % STEPS * STEP
         at = next_at * WIDTH + side
@@ -203,7 +211,7 @@ def _linear(
         next_at = tl.load(columns + ahead)
         if PLACES:
             block, next_place = next_place, tl.load(places + ahead)
-        w = _weights(values, block, side, HEIGHT, WIDTH, STEP, BULK, PLACES)
+        w = weights(values, block, side, HEIGHT, WIDTH, STEP, BULK, PLACES)
         part = tile_of(x, tile * TOKENS, at, tokens, channels, TOKENS, STEP, BULK)
         if TURNED:
             total = tl.dot(w, part.T, total, input_precision=PRECISION)
@@ -211,9 +219,7 @@ def _linear(
             total = tl.dot(part, w.T, total, input_precision=PRECISION)
     if TURNED:
         total = total.T
-    if BIAS:
-        total += tl.load(bias + row).to(tl.float32)[None, :]
-    total = activated(total, ACTIVATION).to(OUT)
+    total = finished(total, bias, row, BIAS, ACTIVATION).to(OUT)
     if BULK:
         y.store([tile * TOKENS, line * HEIGHT], total)
     else:
@@ -237,7 +243,7 @@ def tile_of(
 
 
 @triton.jit
-def _weights(
+def weights(
     values, block, side,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr, BULK: tl.constexpr,
     TRANSPOSED: tl.constexpr,

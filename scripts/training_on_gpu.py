@@ -61,13 +61,14 @@ def _layer(block: int, sparsity: float) -> kernels.BlockLinear:
 
 def _steps(kernel: str, layer: kernels.BlockLinear, x: Tensor, grad: Tensor) -> tuple[Step, Step]:
     """Ours and dense."""
-    index, weight = layer.index.tensors, layer.weight().detach().requires_grad_()
+    weight, sample = layer.weight().detach(), torch.ops.sparse_nas.block_linear_weight_grad
     if kernel == WEIGHT:
-        given, turned = x.detach(), grad.t()
+        given, turned, block = x.detach(), grad.t(), layer.index.block
         return (
-            lambda: [torch.ops.sparse_nas.block_linear_weight_grad(grad, given, index)],
+            lambda: [sample(grad, given, layer.lists, layer.groups, *block)],
             lambda: [torch.mm(turned, given)],
         )
+    weight.requires_grad_()
     return (
         lambda: _forward_and_backward(layer(x), [x, layer.values], grad),
         lambda: _forward_and_backward(F.linear(x, weight), [x, weight], grad),

@@ -65,13 +65,14 @@ class Training:
 
     def _steps(self, layer: kernels.BlockLinear, x: Tensor, grad: Tensor) -> tuple[Step, Step]:
         """Ours and dense."""
-        index, weight = layer.index.tensors, layer.weight().detach().requires_grad_()
+        weight, sample = layer.weight().detach(), torch.ops.sparse_nas.block_linear_weight_grad
         if self.operation == WEIGHT:
-            given, turned = x.detach(), grad.t()
+            given, turned, lists = x.detach(), grad.t(), (layer.lists, layer.groups)
             return (
-                lambda: [torch.ops.sparse_nas.block_linear_weight_grad(grad, given, index)],
+                lambda: [sample(grad, given, *lists, *layer.index.block)],
                 lambda: [torch.mm(turned, given)],
             )
+        weight.requires_grad_()
         return (
             lambda: _forward_and_backward(lambda: layer(x), [x, layer.values], grad),
             lambda: _forward_and_backward(lambda: F.linear(x, weight), [x, weight], grad),

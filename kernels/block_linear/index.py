@@ -1,7 +1,6 @@
 """Which blocks of a weight are kept: made once of a mask, walked by rows and by columns."""
 
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +19,10 @@ class BlockIndex:
     Attributes:
         out_features: rows of the weight.
         in_features: columns of the weight.
+        block: rows and columns of a block.
+        lists: (n,), all of the following one after another, so that an operator takes one tensor.
+        groups: (groups, 2 + size), up to `size` blocks of a row that lie together: the row, the
+            first place, and their columns, -1 where there are fewer; the largest first.
         starts: (rows of blocks + 1,), the place at which each row begins.
         columns: (blocks,), the column of blocks of each place, ascending in a row.
         order: (rows of blocks,), the longest first.
@@ -27,39 +30,39 @@ class BlockIndex:
         rows: (blocks,), the row of each block, walked column by column.
         places: (blocks,), its place.
         column_order: (columns of blocks,), the longest first.
-        groups: (groups, 2 + size), up to `size` blocks of a row that lie together: the row, the
-            first place, and their columns, -1 where there are fewer; the largest first.
     """
 
     out_features: int
     in_features: int
-    starts: Tensor
-    columns: Tensor
-    order: Tensor
-    column_starts: Tensor
-    rows: Tensor
-    places: Tensor
-    column_order: Tensor
+    block: tuple[int, int]
+    lists: Tensor
     groups: Tensor
+    starts: Tensor = field(init=False)
+    columns: Tensor = field(init=False)
+    order: Tensor = field(init=False)
+    column_starts: Tensor = field(init=False)
+    rows: Tensor = field(init=False)
+    places: Tensor = field(init=False)
+    column_order: Tensor = field(init=False)
 
-    @property
-    def block(self) -> tuple[int, int]:
-        """Rows and columns of a block."""
-        rows, columns = len(self.starts) - 1, len(self.column_starts) - 1
-        return self.out_features // rows, self.in_features // columns
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """What the operators take as `index`."""
-        return [getattr(self, name) for name in NAMES]
+    def __post_init__(self) -> None:
+        rows, columns = self.out_features // self.block[0], self.in_features // self.block[1]
+        count = blocks_of(self.lists, rows, columns)
+        sizes = [rows + 1, count, rows, columns + 1, count, count, columns]
+        for name, part in zip(_LISTS, torch.split(self.lists, sizes), strict=True):
+            object.__setattr__(self, name, part)
 
     def to(self, device: torch.device | str) -> "BlockIndex":
         """The same on a device."""
-        moved: dict[str, Any] = {name: getattr(self, name).to(device) for name in NAMES}
-        return replace(self, **moved)
+        return replace(self, lists=self.lists.to(device), groups=self.groups.to(device))
 
 
-NAMES = tuple(field.name for field in fields(BlockIndex))[2:]  # in the operators' order
+_LISTS = ("starts", "columns", "order", "column_starts", "rows", "places", "column_order")
+
+
+def blocks_of(lists: Tensor, rows: int, columns: int) -> int:
+    """How many blocks the lists of a `BlockIndex` of rows x columns of blocks name."""
+    return (len(lists) - 2 * (rows + columns + 1)) // 3
 
 
 def block_index(mask: Tensor, block: tuple[int, int], group: int | None = None) -> BlockIndex:
@@ -84,7 +87,7 @@ def block_index(mask: Tensor, block: tuple[int, int], group: int | None = None) 
     turned_column, turned_row = mask.t().nonzero(as_tuple=True)
     place = mask.flatten().cumsum(0).view(mask.shape) - 1
     by_row, by_column = mask.sum(1), mask.sum(0)
-    index = [
+    lists = [
         _starts(by_row),
         column,
         by_row.argsort(descending=True, stable=True),
@@ -92,10 +95,10 @@ def block_index(mask: Tensor, block: tuple[int, int], group: int | None = None) 
         turned_row,
         place[turned_row, turned_column],
         by_column.argsort(descending=True, stable=True),
-        _groups(by_row, column, group),
     ]
     sizes = mask.shape[0] * block[0], mask.shape[1] * block[1]
-    return BlockIndex(*sizes, *(tensor.int() for tensor in index))
+    groups = _groups(by_row, column, group)
+    return BlockIndex(*sizes, block, torch.cat(lists).int(), groups.int())
 
 
 def block_mask(weight: Tensor, block: tuple[int, int]) -> Tensor:

@@ -1,12 +1,9 @@
 """A linear layer of which only blocks are kept, and trained."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from kernels.block_linear.index import (
-    NAMES,
     BlockIndex,
     block_index,
     block_mask,
@@ -14,8 +11,6 @@ from kernels.block_linear.index import (
     mask_of,
     scatter,
 )
-
-_STORED = ("starts", "columns")  # in a state dict; the others are made of them
 
 
 class BlockLinear(nn.Module):
@@ -26,14 +21,17 @@ class BlockLinear(nn.Module):
         bias: the parameter (out,), or None.
     """
 
+    lists: Tensor
+    groups: Tensor
+
     def __init__(self, index: BlockIndex, values: Tensor, bias: Tensor | None = None) -> None:
         """Args: values (blocks, h, w) as `gather` gives them of a weight, bias (out,)."""
         super().__init__()
         self.in_features, self.out_features = index.in_features, index.out_features
         self.values = nn.Parameter(values)
         self.bias = None if bias is None else nn.Parameter(bias)
-        for name in NAMES:
-            self.register_buffer(name, getattr(index, name), persistent=name in _STORED)
+        self.register_buffer("lists", index.lists)
+        self.register_buffer("groups", index.groups, persistent=False)  # made of the lists
         self.register_load_state_dict_post_hook(_rebuild)  # type: ignore[no-untyped-call]
 
     @classmethod
@@ -59,7 +57,9 @@ class BlockLinear(nn.Module):
     @property
     def index(self) -> BlockIndex:
         """Which blocks are kept."""
-        return BlockIndex(self.out_features, self.in_features, *self._index())
+        _, *block = self.values.shape
+        sizes = self.out_features, self.in_features
+        return BlockIndex(*sizes, (block[0], block[1]), self.lists, self.groups)
 
     def weight(self) -> Tensor:
         """The weight (out, in), zeros where no block is kept; differentiable."""
@@ -68,7 +68,7 @@ class BlockLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Gives x W^T + b (..., out) of x (..., in)."""
         return torch.ops.sparse_nas.block_linear(
-            x, self.values, self.bias, self._index(), self.out_features
+            x, self.values, self.bias, self.lists, self.groups, self.out_features
         )
 
     def extra_repr(self) -> str:
@@ -79,15 +79,10 @@ class BlockLinear(nn.Module):
             f"bias={self.bias is not None}, blocks={count} of {height}x{width}"
         )
 
-    def _index(self) -> list[Tensor]:
-        return [getattr(self, name) for name in NAMES]
 
-
-def _rebuild(layer: Any, _: Any) -> None:
-    """Makes what is not stored of what was loaded, and checks that."""
+def _rebuild(layer: BlockLinear, _: object) -> None:
+    """Checks the lists that were loaded, and makes the groups of them."""
     index = layer.index
-    width = len(index.column_starts) - 1
-    group = index.groups.shape[1] - 2
-    made = block_index(mask_of(index.starts, index.columns, width), index.block, group)
-    for name in NAMES:
-        setattr(layer, name, getattr(made, name))
+    mask = mask_of(index.starts, index.columns, len(index.column_starts) - 1)
+    made = block_index(mask, index.block, index.groups.shape[1] - 2)
+    layer.lists, layer.groups = made.lists, made.groups

@@ -3,7 +3,7 @@
 All three operators are differentiable, each by the other two.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,40 +11,56 @@ from torch import Tensor
 
 from kernels import calls
 from kernels.block_linear import reference
-from kernels.block_linear.index import NAMES, BlockIndex
+from kernels.block_linear.index import BlockIndex, blocks_of
 
-_LAYER = "Tensor values, Tensor? bias, Tensor[] index, int out_features"
+_INDEX = "Tensor lists, Tensor groups"
+_LAYER = f"Tensor values, Tensor? bias, {_INDEX}, SymInt out_features"
 FORWARD = f"block_linear(Tensor x, {_LAYER}) -> Tensor"
-_GRAD = "Tensor grad, Tensor values, Tensor[] index, int in_features"
+_GRAD = f"Tensor grad, Tensor values, {_INDEX}, SymInt in_features"
 INPUT_GRAD = f"block_linear_input_grad({_GRAD}) -> Tensor"
-WEIGHT_GRAD = "block_linear_weight_grad(Tensor grad, Tensor x, Tensor[] index) -> Tensor"
+_SAMPLED = f"Tensor grad, Tensor x, {_INDEX}, SymInt height, SymInt width"
+WEIGHT_GRAD = f"block_linear_weight_grad({_SAMPLED}) -> Tensor"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _forward(
-    x: Tensor, values: Tensor, bias: Tensor | None, index: list[Tensor], out_features: int
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    lists: Tensor,
+    groups: Tensor,
+    out_features: int,
 ) -> Tensor:
-    found = _checked("block_linear", x, index, out_features, x.shape[-1] if x.dim() else 0)
-    _check("values", values, x, _shape(index, out_features, x.shape[-1]))
+    sizes = out_features, _features(x)
+    index = _index("block_linear", x, lists, groups, sizes, values.shape[1:])
+    _check("values", values, x, (len(index.columns), *index.block))
     if bias is not None:
         _check("bias", bias, x, (out_features,))
     tokens = x.reshape(-1, x.shape[-1])
-    return _on(x).forward(tokens, values, bias, found).view(*x.shape[:-1], out_features)
+    return _on(x).forward(tokens, values, bias, index).view(*x.shape[:-1], out_features)
 
 
-def _input_grad(grad: Tensor, values: Tensor, index: list[Tensor], in_features: int) -> Tensor:
-    out = grad.shape[-1] if grad.dim() else 0
-    found = _checked("block_linear_input_grad", grad, index, out, in_features)
-    _check("values", values, grad, _shape(index, out, in_features))
-    tokens = grad.reshape(-1, out)
-    return _on(grad).input_grad(tokens, values, found).view(*grad.shape[:-1], in_features)
+def _input_grad(
+    grad: Tensor, values: Tensor, lists: Tensor, groups: Tensor, in_features: int
+) -> Tensor:
+    sizes = _features(grad), in_features
+    index = _index("block_linear_input_grad", grad, lists, groups, sizes, values.shape[1:])
+    _check("values", values, grad, (len(index.columns), *index.block))
+    tokens = grad.reshape(-1, grad.shape[-1])
+    return _on(grad).input_grad(tokens, values, index).view(*grad.shape[:-1], in_features)
 
 
-def _weight_grad(grad: Tensor, x: Tensor, index: list[Tensor]) -> Tensor:
-    out = grad.shape[-1] if grad.dim() else 0
-    found = _checked("block_linear_weight_grad", x, index, out, x.shape[-1] if x.dim() else 0)
-    _check("grad", grad, x, (*x.shape[:-1], out))
-    return _on(x).weight_grad(grad.reshape(-1, out), x.reshape(-1, x.shape[-1]), found)
+def _weight_grad(
+    grad: Tensor, x: Tensor, lists: Tensor, groups: Tensor, height: int, width: int
+) -> Tensor:
+    sizes = _features(grad), _features(x)
+    index = _index("block_linear_weight_grad", x, lists, groups, sizes, (height, width))
+    _check("grad", grad, x, (*x.shape[:-1], sizes[0]))
+    return _on(x).weight_grad(grad.reshape(-1, sizes[0]), x.reshape(-1, sizes[1]), index)
+
+
+def _features(x: Tensor) -> int:
+    return x.shape[-1] if x.dim() else 0
 
 
 def _on(x: Tensor) -> Any:
@@ -56,23 +72,34 @@ def _on(x: Tensor) -> Any:
     return block_linear
 
 
-def _checked(name: str, x: Tensor, index: list[Tensor], out: int, channels: int) -> BlockIndex:
-    """The index, whose shapes fit a weight (out, channels) and whose tensors lie on x's device."""
+def _index(
+    name: str,
+    x: Tensor,
+    lists: Tensor,
+    groups: Tensor,
+    sizes: tuple[int, int],
+    block: Sequence[int],
+) -> BlockIndex:
+    """The index, whose shape fits a weight of these sizes and whose tensors lie on x's device."""
     if x.dtype not in _DTYPES:
         raise ValueError(f"{name}: x must be one of {_DTYPES}, got {x.dtype}")
-    kinds = {(part.dtype, part.device, part.is_contiguous()) for part in index}
-    if len(index) != len(NAMES) or kinds != {(torch.int32, x.device, True)}:
-        raise ValueError(
-            f"{name}: index must be {len(NAMES)} contiguous int32 tensors on {x.device}, the "
-            f"tensors of a BlockIndex, got {len(index)}: {kinds}"
-        )
-    rows, columns = len(index[0]) - 1, len(index[3]) - 1
-    if not out or not channels or out % rows or channels % columns:
-        raise ValueError(
-            f"{name}: the index is of {rows} x {columns} blocks; it does not fit a weight of "
-            f"out={out}, in={channels}"
-        )
-    return BlockIndex(out, channels, *index)
+    for part, dims in ((lists, 1), (groups, 2)):
+        kind = (part.dtype, part.device, part.dim(), part.is_contiguous())
+        if kind != (torch.int32, x.device, dims, True):
+            raise ValueError(
+                f"{name}: lists and groups must be contiguous int32 on {x.device}, as of a "
+                f"BlockIndex, got {part.dtype} {tuple(part.shape)} on {part.device}"
+            )
+    whole = len(block) == 2 and min(*sizes, *block) > 0
+    if whole and not sizes[0] % block[0] and not sizes[1] % block[1]:
+        rows, columns = sizes[0] // block[0], sizes[1] // block[1]
+        count = blocks_of(lists, rows, columns)
+        if count >= 0 and len(lists) == 3 * count + 2 * (rows + columns + 1):
+            return BlockIndex(*sizes, (block[0], block[1]), lists, groups)
+    raise ValueError(
+        f"{name}: the index, of {len(lists)} numbers, does not fit a weight of out={sizes[0]}, "
+        f"in={sizes[1]} in blocks of {tuple(block)}"
+    )
 
 
 def _check(name: str, tensor: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:
@@ -84,30 +111,32 @@ def _check(name: str, tensor: Tensor, x: Tensor, shape: tuple[int, ...]) -> None
         )
 
 
-def _shape(index: list[Tensor], out: int, channels: int) -> tuple[int, int, int]:
-    """Of values."""
-    columns, starts, column_starts = index[1], index[0], index[3]
-    return len(columns), out // (len(starts) - 1), channels // (len(column_starts) - 1)
-
-
 def _fake_forward(
-    x: Tensor, values: Tensor, bias: Tensor | None, index: list[Tensor], out_features: int
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    lists: Tensor,
+    groups: Tensor,
+    out_features: int,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 
 
 def _fake_input_grad(
-    grad: Tensor, values: Tensor, index: list[Tensor], in_features: int
+    grad: Tensor, values: Tensor, lists: Tensor, groups: Tensor, in_features: int
 ) -> Tensor:
     return grad.new_empty((*grad.shape[:-1], in_features))
 
 
-def _fake_weight_grad(grad: Tensor, x: Tensor, index: list[Tensor]) -> Tensor:
-    return x.new_empty(_shape(index, grad.shape[-1], x.shape[-1]))
+def _fake_weight_grad(
+    grad: Tensor, x: Tensor, lists: Tensor, groups: Tensor, height: int, width: int
+) -> Tensor:
+    count = blocks_of(lists, grad.shape[-1] // height, x.shape[-1] // width)
+    return x.new_empty((count, height, width))
 
 
 def _save_forward(ctx: Any, inputs: Any, output: Tensor) -> None:
-    x, values, _, index, _ = inputs
+    x, values, _, *index, _ = inputs
     ctx.save_for_backward(x, values, *index)
 
 
@@ -115,33 +144,31 @@ def _forward_backward(ctx: Any, grad: Tensor) -> Any:
     x, values, *index = ctx.saved_tensors
     of_x, of_values, of_bias, *_ = ctx.needs_input_grad
     return (
-        _ops().block_linear_input_grad(grad, values, index, x.shape[-1]) if of_x else None,
-        _ops().block_linear_weight_grad(grad, x, index) if of_values else None,
+        _ops().block_linear_input_grad(grad, values, *index, x.shape[-1]) if of_x else None,
+        _ops().block_linear_weight_grad(grad, x, *index, *values.shape[1:]) if of_values else None,
         grad.reshape(-1, grad.shape[-1]).sum(0) if of_bias else None,
-        [None] * len(index),
-        None,
+        *(None, None, None),
     )
 
 
 def _save_input_grad(ctx: Any, inputs: Any, output: Tensor) -> None:
-    grad, values, index, _ = inputs
+    grad, values, *index, _ = inputs
     ctx.save_for_backward(grad, values, *index)
 
 
 def _input_grad_backward(ctx: Any, twice: Tensor) -> Any:
     grad, values, *index = ctx.saved_tensors
     of_grad, of_values, *_ = ctx.needs_input_grad
-    out = grad.shape[-1]
+    block = values.shape[1:]
     return (
-        _ops().block_linear(twice, values, None, index, out) if of_grad else None,
-        _ops().block_linear_weight_grad(grad, twice, index) if of_values else None,
-        [None] * len(index),
-        None,
+        _ops().block_linear(twice, values, None, *index, grad.shape[-1]) if of_grad else None,
+        _ops().block_linear_weight_grad(grad, twice, *index, *block) if of_values else None,
+        *(None, None, None),
     )
 
 
 def _save_weight_grad(ctx: Any, inputs: Any, output: Tensor) -> None:
-    grad, x, index = inputs
+    grad, x, *index, _, _ = inputs
     ctx.save_for_backward(grad, x, *index)
 
 
@@ -149,9 +176,9 @@ def _weight_grad_backward(ctx: Any, twice: Tensor) -> Any:
     grad, x, *index = ctx.saved_tensors
     of_grad, of_x, *_ = ctx.needs_input_grad
     return (
-        _ops().block_linear(x, twice, None, index, grad.shape[-1]) if of_grad else None,
-        _ops().block_linear_input_grad(grad, twice, index, x.shape[-1]) if of_x else None,
-        [None] * len(index),
+        _ops().block_linear(x, twice, None, *index, grad.shape[-1]) if of_grad else None,
+        _ops().block_linear_input_grad(grad, twice, *index, x.shape[-1]) if of_x else None,
+        *(None, None, None, None),
     )
 
 

@@ -183,7 +183,8 @@ def placed(tiles, lines, GROUP: tl.constexpr):
     return first + rest % side, rest // side
 
 
-@triton.jit
+# lists may lie anywhere: parts of one tensor
+@triton.jit(do_not_specialize_on_alignment=["order", "starts", "columns", "places"])
 def _linear(
     x, values, order, starts, columns, places, bias, y,
     tokens, channels, rows,

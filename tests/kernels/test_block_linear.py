@@ -1,5 +1,6 @@
 """A layer of blocks against the same layer, dense and masked, in float64 on the CPU."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -58,7 +59,7 @@ def test_it_is_the_masked_layer_and_so_are_its_gradients(
     values = gather(weight, index).requires_grad_()
     x = draws.numbers(seed, *shape, weight.shape[1]).double().requires_grad_()
     bias = draws.numbers(seed, len(weight)).double().requires_grad_() if with_bias else None
-    y = ops.block_linear(x, values, bias, index.tensors, len(weight))
+    y = ops.block_linear(x, values, bias, index.lists, index.groups, len(weight))
     true = F.linear(x, scatter(values, index), bias)
     assert y.shape == true.shape
     torch.testing.assert_close(y, true)
@@ -80,7 +81,7 @@ def test_gradients_are_those_of_differences_twice(
     bias = draws.numbers(seed, len(weight)).double().requires_grad_()
 
     def call(x: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-        return ops.block_linear(x, values, bias, index.tensors, len(weight))
+        return ops.block_linear(x, values, bias, index.lists, index.groups, len(weight))
 
     assert torch.autograd.gradcheck(call, (x, values, bias), fast_mode=True)
     assert torch.autograd.gradgradcheck(call, (x, values, bias), fast_mode=True)
@@ -99,7 +100,7 @@ def test_the_index_walks_every_block_once_each_way(
 ) -> None:
     mask = draws.weight(seed, (rows, columns), density, 1).ne(0)
     index = block_index(mask, (1, 1), group)
-    assert all(part.dtype is torch.int32 for part in index.tensors)
+    assert index.lists.dtype is index.groups.dtype is torch.int32
     place = {tuple(at): i for i, at in enumerate(mask.nonzero().tolist())}
     by_column = []
     for column, (begin, end) in enumerate(zip(index.column_starts, index.column_starts[1:])):  # noqa: B905
@@ -124,7 +125,7 @@ def test_narrow_numbers_round_once(dtype: torch.dtype) -> None:
     weight, index = drawn(3, (6, 8), (16, 16), 0.4)
     values, x = gather(weight, index).to(dtype), draws.numbers(0, 50, 128).to(dtype)
     values.requires_grad_()
-    y = ops.block_linear(x, values, None, index.tensors, len(weight))
+    y = ops.block_linear(x, values, None, index.lists, index.groups, len(weight))
     true = F.linear(x.double(), scatter(values.double(), index))
     bound = 2 * torch.finfo(dtype).eps
     assert y.dtype is dtype
@@ -162,11 +163,11 @@ def test_torch_s_own_checks_pass() -> None:
     x, grad = draws.numbers(0, 2, 3, 10).double(), draws.numbers(1, 2, 3, 24).double()
     x.requires_grad_()
     grad.requires_grad_()
-    index = net.index.tensors
-    torch.library.opcheck(ops.block_linear.default, (x, net.values, net.bias, index, 24))
-    torch.library.opcheck(ops.block_linear.default, (x, net.values, None, index, 24))
-    torch.library.opcheck(ops.block_linear_input_grad.default, (grad, net.values, index, 10))
-    torch.library.opcheck(ops.block_linear_weight_grad.default, (grad, x, index))
+    index = net.lists, net.groups
+    torch.library.opcheck(ops.block_linear.default, (x, net.values, net.bias, *index, 24))
+    torch.library.opcheck(ops.block_linear.default, (x, net.values, None, *index, 24))
+    torch.library.opcheck(ops.block_linear_input_grad.default, (grad, net.values, *index, 10))
+    torch.library.opcheck(ops.block_linear_weight_grad.default, (grad, x, *index, 4, 2))
 
 
 def test_inputs_may_lie_anyhow() -> None:
@@ -193,11 +194,10 @@ def test_a_saved_layer_loads_into_one_of_other_blocks() -> None:
     net = layer()
     mask = block_mask(net.weight(), (4, 2)).flip(0)
     other = kernels.BlockLinear.of(nn.Linear(10, 24), (4, 2), mask)
-    assert set(net.state_dict()) == {"values", "bias", "starts", "columns"}
+    assert set(net.state_dict()) == {"values", "bias", "lists"}
     other.load_state_dict(net.state_dict())
     assert torch.equal(other.weight(), net.weight())
-    for mine, its in zip(other.index.tensors, net.index.tensors, strict=True):
-        assert torch.equal(mine, its)
+    assert torch.equal(other.lists, net.lists) and torch.equal(other.groups, net.groups)
 
 
 @pytest.mark.parametrize(
@@ -207,24 +207,25 @@ def test_a_saved_layer_loads_into_one_of_other_blocks() -> None:
 def test_a_forged_index_is_not_loaded(name: str, at: int, value: int) -> None:
     net = layer()
     state = {key: tensor.clone() for key, tensor in net.state_dict().items()}
-    state[name][at] = value
+    part: Tensor = getattr(replace(net.index, lists=state["lists"]), name)
+    part[at] = value
     with pytest.raises(ValueError, match=f"block index: {name} must be"):
         net.load_state_dict(state)
 
 
 def test_what_does_not_fit_is_named() -> None:
     net, x = layer(), draws.numbers(0, 7, 10)
-    index = net.index.tensors
-    with pytest.raises(
-        ValueError, match="6 x 5 blocks; it does not fit a weight of out=23, in=10"
-    ):
-        ops.block_linear(x, net.values, None, index, 23)
+    lists, groups = net.lists, net.groups
+    with pytest.raises(ValueError, match="does not fit a weight of out=23, in=10 in blocks"):
+        ops.block_linear(x, net.values, None, lists, groups, 23)
+    with pytest.raises(ValueError, match=f"index, of {len(lists) - 1} numbers, does not fit"):
+        ops.block_linear(x, net.values, None, lists[1:], groups, 24)
     with pytest.raises(ValueError, match=r"values must be torch\.float32"):
-        ops.block_linear(x, net.values.double(), None, index, 24)
+        ops.block_linear(x, net.values.double(), None, lists, groups, 24)
     with pytest.raises(ValueError, match=r"bias must be torch\.float32 \(24,\)"):
-        ops.block_linear(x, net.values, torch.ones(23), index, 24)
-    with pytest.raises(ValueError, match="index must be 8 contiguous int32 tensors"):
-        ops.block_linear(x, net.values, None, index[:7], 24)
+        ops.block_linear(x, net.values, torch.ones(23), lists, groups, 24)
+    with pytest.raises(ValueError, match="lists and groups must be contiguous int32 on cpu"):
+        ops.block_linear(x, net.values, None, lists.long(), groups, 24)
     with pytest.raises(ValueError, match=r"must divide into 5x2, got \(24, 10\)"):
         kernels.BlockLinear.of(nn.Linear(10, 24), (5, 2))
     with pytest.raises(ValueError, match="needs a bool mask"):

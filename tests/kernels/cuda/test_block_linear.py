@@ -58,7 +58,7 @@ def gradients(
     own = x.dtype in NARROW and set(index.block) <= set(SIZES)  # cuBLAS refuses to be asked so
     with poisoned() if own else nullcontext():
         to = given[2] if bias is not None else None
-        y = ops.block_linear(given[0], given[1], to, index.tensors, grad.shape[-1])
+        y = ops.block_linear(given[0], given[1], to, index.lists, index.groups, grad.shape[-1])
         return [y.detach(), *torch.autograd.grad(y, given, grad)]
 
 
@@ -129,12 +129,14 @@ def test_tf32_where_pytorch_takes_it() -> None:
     values, index = drawn((8, 8), (64, 64), 0.3, torch.float32)
     x = torch.randn(500, 512, device="cuda")
     check(x, values, None, index)
-    exact = ops.block_linear(x, values, None, index.tensors, 512)
+    exact = ops.block_linear(x, values, None, index.lists, index.groups, 512)
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
         assert precision() == "tf32"
         check(x, values, None, index, 1e-3)
-        assert not torch.equal(exact, ops.block_linear(x, values, None, index.tensors, 512))
+        assert not torch.equal(
+            exact, ops.block_linear(x, values, None, index.lists, index.groups, 512)
+        )
     finally:
         torch.backends.cuda.matmul.allow_tf32 = False
 
@@ -210,17 +212,18 @@ def test_a_layer_moves() -> None:
         found = net(x.to(place))
         assert near(found.cpu(), y.double(), 1e-5)
         found.sum().backward()
-    moved = net.index.to("cuda").tensors
-    assert all(part.is_cuda and part.dtype is torch.int32 for part in moved)
+    moved = net.index.to("cuda")
+    assert moved.places.is_cuda and moved.groups.is_cuda
 
 
 def test_devices_may_not_be_mixed() -> None:
     values, index = drawn((4, 4), (16, 16), 0.5, torch.float32)
     x = torch.randn(3, 64, device="cuda")
-    with pytest.raises(ValueError, match="index must be 8 contiguous int32 tensors on cuda"):
-        ops.block_linear(x, values, None, index.to("cpu").tensors, 64)
+    cpu = index.to("cpu")
+    with pytest.raises(ValueError, match="lists and groups must be contiguous int32 on cuda"):
+        ops.block_linear(x, values, None, cpu.lists, cpu.groups, 64)
     with pytest.raises(ValueError, match="values must be"):
-        ops.block_linear(x, values.cpu(), None, index.tensors, 64)
+        ops.block_linear(x, values.cpu(), None, index.lists, index.groups, 64)
 
 
 def test_gradients_are_those_of_differences_twice() -> None:
@@ -228,7 +231,7 @@ def test_gradients_are_those_of_differences_twice() -> None:
     given = (torch.randn(5, 128, device="cuda").double().requires_grad_(), values.requires_grad_())
 
     def call(x: Tensor, values: Tensor) -> Tensor:
-        return ops.block_linear(x, values, None, index.tensors, 48)
+        return ops.block_linear(x, values, None, index.lists, index.groups, 48)
 
     assert torch.autograd.gradcheck(call, given, fast_mode=True)
     assert torch.autograd.gradgradcheck(call, given, fast_mode=True)

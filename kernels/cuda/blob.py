@@ -124,6 +124,11 @@ class Blocks:
         return self.dense and len(self.starts) > 0
 
     @property
+    def in_blocks(self) -> bool:
+        """Whether blocks are stored."""
+        return not self.dense and not self.is_channel
+
+    @property
     def is_channel(self) -> bool:
         """Whether whole rows are stored, and others are zero."""
         return not self.dense and len(self.starts) == 0

@@ -38,7 +38,7 @@ def takes(blocks: Blocks, x: Tensor) -> bool:
     """Whether this kernel computes it: bfloat16 or float16, blocks of 32 columns or more."""
     narrow = x.dtype in (torch.bfloat16, torch.float16)
     fits = blocks.block[1] >= 32 and len(x) <= MOST_TOKENS
-    return narrow and fits and available(x.device.index)
+    return blocks.in_blocks and narrow and fits and available(x.device.index)
 
 
 def plan(blocks: Blocks, tokens: int) -> Plan:

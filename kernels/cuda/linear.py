@@ -104,7 +104,7 @@ def takes(kernel: str, blocks: blob.Blocks, x: Tensor) -> bool:
     if kernel == "channel":
         return blocks.is_channel
     if kernel == "many":
-        return not blocks.dense and not blocks.is_channel
+        return blocks.in_blocks
     return kernel in KERNELS and _module(kernel).takes(blocks, x)
 
 

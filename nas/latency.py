@@ -5,10 +5,12 @@ from __future__ import annotations
 import gc
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,9 +20,11 @@ if TYPE_CHECKING:
     from nas.packing import PackedNetwork
 
 Call = Callable[[], Any]
+Clock = Callable[[Call, int], float]  # seconds of a call, of so many
 SPREAD_LIMIT = 0.1
 WARM_UP = 3
 FEWEST = 3  # rounds of slow calls
+MOST_COLD = 4  # calls of a round, before each of which caches are emptied
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,8 @@ def measure(
     Each round calls one after the other, as often as fills `seconds` over all rounds. With one
     thread the calling thread is pinned to one core; threads, pin and garbage collector are put
     back afterwards. A spread above 10 % is measured once more with twice the rounds, then
-    recorded as unreliable.
+    recorded as unreliable. On a GPU a call is captured into a graph that is replayed, where it can
+    be captured: by itself Python takes longer than most networks.
 
     Args:
         packed: what to measure, called as `packed(*example)` in inference mode.
@@ -82,7 +87,14 @@ def measure(
     inputs = (example,) if isinstance(example, Tensor) else example
     device = inputs[0].device.type
     calls = [lambda call=call: call(*inputs) for call in (packed, twin) if call is not None]
-    with torch.inference_mode(), using_threads(threads), pinned(threads == 1) as core, no_gc():
+    here: Any = torch.cuda.device_of  # nothing where that is the CPU
+    with (
+        torch.inference_mode(),
+        here(inputs[0]),
+        using_threads(threads),
+        pinned(threads == 1) as core,
+        no_gc(),
+    ):
         times = _rounds(calls, device, rounds, seconds)
         if not all(map(_is_steady, times)):
             times = _rounds(calls, device, 2 * rounds, 2 * seconds)
@@ -96,12 +108,21 @@ def _timing(times: list[list[float]], threads: int, core: int | None, device: st
     return Timing(*spreads[0], len(times[0]), steady, threads, core, device, *twin)
 
 
-def interleaved(calls: Sequence[Call], seconds: float, rounds: int) -> list[float]:
-    """Median seconds of each of `calls` (CPU), timed turn by turn for about `seconds` in all.
+def interleaved(
+    calls: Sequence[Call], seconds: float, rounds: int, device: str = "cpu", cold: bool = False
+) -> list[float]:
+    """Median seconds of each of `calls`, timed turn by turn for about `seconds` in all.
 
     Slow calls get fewer than `rounds`, but three at least.
+
+    Args:
+        calls: what to time.
+        seconds: aim for the length of it all.
+        rounds: of all calls in turn.
+        device: `cpu`, or `cuda`, where calls are replayed graphs.
+        cold: on a GPU, whether nothing is in its caches when a call begins.
     """
-    found = _rounds(calls, "cpu", rounds, seconds, min(rounds, FEWEST))
+    found = _rounds(calls, device, rounds, seconds, min(rounds, FEWEST), cold)
     return [statistics.median(times) for times in found]
 
 
@@ -140,10 +161,19 @@ def profile(
 
 
 def _rounds(
-    calls: Sequence[Call], device: str, rounds: int, seconds: float, fewest: int | None = None
+    calls: Sequence[Call],
+    device: str,
+    rounds: int,
+    seconds: float,
+    fewest: int | None = None,
+    cold: bool = False,
 ) -> list[list[float]]:
     """Seconds of each call by round; calls that are slow for `seconds` get `fewest` rounds."""
-    clock = _cuda_clock if device == "cuda" else _clock
+    clock: Clock = _clock
+    if device == "cuda":
+        from kernels.cuda import clock as gpu  # not at the top: nobody without a GPU needs it
+
+        calls, clock = [gpu.replayed(call) for call in calls], partial(gpu.seconds, cold=cold)
     for _ in range(WARM_UP - 1 if fewest is None else 1):
         for call in calls:
             call()
@@ -154,7 +184,8 @@ def _rounds(
     elif fewest is not None:
         rounds = min(rounds, int(seconds / sum(once)))
     share = seconds / max(1, rounds) / len(calls)
-    repeats = [max(1, int(share / taken)) for taken in once]
+    most = MOST_COLD if cold else sys.maxsize
+    repeats = [min(most, max(1, int(share / taken))) for taken in once]
     for _ in range(rounds):
         for series, call, repeat in zip(times, calls, repeats, strict=True):
             series.append(clock(call, repeat))
@@ -166,18 +197,6 @@ def _clock(call: Call, repeat: int) -> float:
     for _ in range(repeat):
         call()
     return (time.perf_counter() - start) / repeat
-
-
-def _cuda_clock(call: Call, repeat: int) -> float:
-    event: Any = torch.cuda.Event
-    start, end = event(enable_timing=True), event(enable_timing=True)
-    torch.cuda.synchronize()
-    start.record()
-    for _ in range(repeat):
-        call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3 / repeat
 
 
 def _iqr(times: list[float]) -> float:

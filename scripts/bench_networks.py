@@ -1,10 +1,12 @@
 """Whole networks: packed beside their dense twin, torch eager and torch.compile.
 
     python scripts/bench_networks.py --json FILE
+    python scripts/bench_networks.py --device cuda --json FILE
 
 Masks keep the largest weights; accuracy is not the question here. Each packed network's output is
 checked against its masked module's first. All take turns, round by round; medians in milliseconds.
-Where a packed network is one call, what that takes beside the C core is measured too.
+Where a packed network is one call, what that takes beside the C core is measured too. On a GPU:
+see networks_on_gpu.py.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from nas.sparsity import Unstructured
 from search_spaces.cell import cell
 from search_spaces.sparsified import resnet
 
+SPARSITIES = (0.7, 0.8, 0.9)
 SECONDS, ROUNDS = 0.3, 11
 PAIRS = 51  # of rounds, each of which gives a difference
 TOLERANCE = 1e-4  # of the largest output
@@ -179,8 +182,9 @@ def arguments() -> argparse.Namespace:
     """The options."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     p.add_argument("--only", nargs="*", choices=[case.name for case in CASES])
-    p.add_argument("--sparsity", type=float, nargs="+", default=[0.7, 0.8, 0.9])
-    p.add_argument("--batch", type=int, default=1)
+    p.add_argument("--sparsity", type=float, nargs="+", help="default .7 .8 .9, on a GPU .8 .9")
+    p.add_argument("--batch", type=int, help="default 1, on a GPU 64")
+    p.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     p.add_argument("--threads", type=int, default=1)
     p.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     p.add_argument("--explain", action="store_true", help="print what each layer got")
@@ -191,6 +195,11 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     """Measure every network; 1 if an output was wrong."""
     given = arguments()
+    if given.device == "cuda":
+        from scripts import networks_on_gpu
+
+        return networks_on_gpu.run(given)
+    given.sparsity, given.batch = given.sparsity or SPARSITIES, given.batch or 1
     torch.set_num_threads(given.threads)
     rows = []
     for case in CASES:

@@ -70,6 +70,15 @@ def chosen(
     return "dense" if blocks.dense else "implicit"
 
 
+def name(blocks: blob.Blocks, x: Tensor, stride: tuple[int, ...], padding: tuple[int, ...]) -> str:
+    """What `chosen` says, of `linear` the kernel of its product."""
+    way = chosen(blocks, x, stride, padding)
+    if way != "linear":
+        return way
+    tokens = linear.aligned(x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]))
+    return linear.chosen(blocks, tokens)
+
+
 def _images(y: Tensor, out: tuple[int, ...]) -> Tensor:
     """Pixels (N * H * W, C) as (N, C, H, W), channels last."""
     return y.view(out[0], *out[2:], out[1]).permute(0, 3, 1, 2)

@@ -2,6 +2,7 @@
 
 import logging
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,9 @@ def tune(data: Tensor, x: Tensor, anew: bool = False) -> dict[str, float]:
     case = table.case(blocks, len(tokens))
     us = None if anew else times.of(case)
     if us is None:
-        us = _measure(blocks, tokens)
+        here: Any = torch.cuda.device_of
+        with here(x), torch.no_grad():
+            us = _measure(blocks, tokens)
         times.put(case, us)
         times.keep()
     if us:
@@ -35,7 +38,6 @@ def tune(data: Tensor, x: Tensor, anew: bool = False) -> dict[str, float]:
     return dict(us)
 
 
-@torch.no_grad()
 def _measure(blocks: blob.Blocks, x: Tensor) -> dict[str, float]:
     """Microseconds of each kernel that takes this case and is right, each called by itself."""
     right, true = {}, F.linear(_some(x).double(), blob.unpack(blocks).double())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nas.attention import slow_attention
+from nas.packing import devices
 from nas.packing.layer import ConvArgs, Kernel, Layer
 from nas.packing.tune import Choice, choose
 
@@ -101,8 +102,8 @@ def _is_exact(module: nn.Module) -> bool:
 
 def _is_served(layer: nn.Module, args: tuple[Any, ...]) -> bool:
     tensors = (*args, *layer.parameters(recurse=False))
-    fitting = all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
-    return len(args) == 1 and fitting and (args[0].dim() == 4 or isinstance(layer, nn.Linear))
+    fitting = len(args) == 1 and not devices.of(args[0]).objection(tensors)
+    return fitting and (args[0].dim() == 4 or isinstance(layer, nn.Linear))
 
 
 def _padding(conv: nn.Conv2d) -> tuple[int, int] | None:
@@ -147,7 +148,7 @@ def _left_out(
         if name in choices or not _has_sparse_weight(layer):
             continue
         if name in candidates:
-            yield f"{name}: left as it is: not called as a module on one float32 CPU tensor"
+            yield f"{name}: left as it is: not called as a module on one tensor of its dtype"
         else:
             yield f"{name}: left as it is: {type(layer).__name__} is no plain Linear or Conv2d"
 

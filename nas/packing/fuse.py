@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from nas.packing import constants
+from nas.packing import constants, devices
 from nas.packing.layer import ConvArgs, Layer, aten
 
 _DROPOUTS = {
@@ -67,7 +67,7 @@ def fuse(module: GraphModule, paths: Mapping[int, str]) -> tuple[str, ...]:
     `paths` names parameters by their `id`: a tied one has several paths, and one is enough.
 
     Dropout in eval mode, guards and assertions vanish, constants are folded, every product with
-    a constant float32 weight becomes a call of a `Layer`, and batch norm, constant bias and
+    a constant weight becomes a call of a `Layer`, and batch norm, constant bias and
     activation that follow with no other reader are taken into it.
     """
     _drop_noops(module)
@@ -196,8 +196,7 @@ def _objection(x: Node, layer: Layer) -> str:
     if layer.conv is not None and given.dim() != 4:
         return "its input has no batch"
     tensors = [layer.weight, given, *([] if layer.bias is None else [layer.bias])]
-    served = all(part.dtype == torch.float32 and part.device.type == "cpu" for part in tensors)
-    return "" if served else "sparse kernels take float32 on a CPU"
+    return devices.of(layer.weight).objection(tensors)
 
 
 def _operands(node: Node) -> tuple[Node, Any, Any, ConvArgs | str | None]:
@@ -301,12 +300,12 @@ def _with_bias(module: GraphModule, layer: Layer, user: Node) -> Layer | None:
     bias = constants.value(module, user.args[1])
     if layer.conv is not None or layer.bias is not None or bias is None or user.kwargs:
         return None
-    right = bias.shape == layer.weight.shape[:1] and bias.dtype == torch.float32
+    right = bias.shape == layer.weight.shape[:1] and bias.dtype == layer.weight.dtype
     return replace(layer, bias=bias.detach()) if right else None
 
 
 def _with_batch_norm(module: GraphModule, layer: Layer, user: Node) -> Layer | None:
-    """Fold the eval-mode batch norm `user` into `layer`, computed in float64 and rounded once."""
+    """Fold the eval-mode batch norm `user` into `layer`, in float64, rounded once to its dtype."""
     args: list[Any] = list(user.args)
     sources, training, eps = args[1:5], args[5], args[7]
     known = [constants.value(module, source) for source in sources]
@@ -329,4 +328,5 @@ def _normalised(
     shift = ((0.0 if layer.bias is None else layer.bias) - mean) * scale
     bias = shift if beta is None else shift + beta
     rows = scale.reshape(-1, *[1] * (layer.weight.dim() - 1))
-    return replace(layer, weight=(layer.weight * rows).float(), bias=bias.float())
+    dtype = layer.weight.dtype
+    return replace(layer, weight=(layer.weight * rows).to(dtype), bias=bias.to(dtype))

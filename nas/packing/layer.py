@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -42,8 +42,8 @@ class Layer:
 
     Attributes:
         name: the path of the weight's module, as the user wrote it.
-        weight: float32, (out, in) or (out, in / groups, kh, kw).
-        bias: float32, (out,), or None.
+        weight: (out, in) or (out, in / groups, kh, kw).
+        bias: (out,), of the weight's dtype, or None.
         conv: the convolution's arguments, or None for a linear map.
         activation: a key of `ACTIVATIONS`.
     """
@@ -83,6 +83,16 @@ class Layer:
         if self.conv is None:
             return kernels.pack_linear(self.weight)
         return kernels.pack_conv2d(self.weight, self.conv.groups)
+
+    @cached_property
+    def wide_bias(self) -> Tensor | None:
+        """The bias in float32, as sparse kernels add it; itself where it is."""
+        return None if self.bias is None else self.bias.float()
+
+    def to(self, dtype: torch.dtype) -> Layer:
+        """The layer in another dtype."""
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return replace(self, weight=self.weight.to(dtype).contiguous(), bias=bias)
 
     def case(self, x: Tensor, packed: bool) -> str:
         """What the times of its kernels on `x` depend on, in words.
@@ -156,20 +166,21 @@ def sparse_kernel(layer: Layer) -> Kernel:
     ops = torch.ops.sparse_nas
     out = layer.weight.shape[0]
     if layer.conv is None:
-        args = (layer.packed.data, layer.bias, out, layer.activation)
+        args = (layer.packed.data, layer.wide_bias, out, layer.activation)
         return Kernel("sparse_linear", (Step(ops.sparse_linear.default, args),))
     conv = layer.conv
     walk = [list(pair) for pair in (conv.stride, conv.padding, conv.dilation)]
     size = list(layer.weight.shape[2:])
-    all_args = (layer.packed.data, layer.bias, out, size, *walk, conv.groups, layer.activation)
+    shape = (out, size, *walk, conv.groups, layer.activation)
+    all_args = (layer.packed.data, layer.wide_bias, *shape)
     return Kernel("sparse_conv2d", (Step(ops.sparse_conv2d.default, all_args),))
 
 
 def rounding_bound(layer: Layer, x: Tensor) -> Tensor:
-    """How far two right float32 results for `layer(x)` may lie apart, per output element.
+    """How far two right results for `layer(x)` may lie apart, per output element.
 
-    A sum's rounding error scales with the sum of its terms' magnitudes, not with its value; the
-    activations stretch a difference by at most 1.13.
+    The rounding error of a sum in float32 scales with the sum of its terms' magnitudes, not with
+    its value; the activations stretch a difference by at most 1.13.
     """
     bias = None if layer.bias is None else layer.bias.abs()
     magnitude = Layer(layer.name, layer.weight.abs(), bias, layer.conv)(x.abs())

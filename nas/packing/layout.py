@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from nas.latency import interleaved
+from nas.packing import devices
 from nas.packing.straight import straight
 
 aten = torch.ops.aten
@@ -31,12 +32,15 @@ def fastest_layout(body: GraphModule, example: tuple[Tensor, ...]) -> tuple[Grap
     Poolings are turned channels-last one by one where that pays, which it often does tenfold.
     Where every convolution is dense the network as a whole is tried channels-last too: a dense
     network is only a fair twin in the layout that suits it. Sparse kernels read and write
-    contiguous NCHW.
+    contiguous NCHW. On a GPU convolutions are channels-last, sparse or dense.
 
     Returns:
         The fastest network, and its layout, `contiguous` or `channels_last`.
     """
-    whole = channels_last(copy.deepcopy(body)) if _dense_weights(body) else None
+    if devices.of(example[0]).channels_last:
+        return body, "channels_last" if _dense_weights(body) else "contiguous"
+    some = _dense_weights(body) and not _has_sparse_convolutions(body)
+    whole = channels_last(copy.deepcopy(body)) if some else None
     body = _with_fast_pools(body, example)
     if whole is None:
         return body, "contiguous"
@@ -58,16 +62,15 @@ def channels_last(body: GraphModule) -> GraphModule:
 
 
 def _dense_weights(body: GraphModule) -> list[str]:
-    """The names of the weights of all convolutions, or none where one of them is sparse."""
-    called = [node for node in body.graph.nodes if node.op == "call_function"]
-    sparse = {
-        torch.ops.sparse_nas.sparse_conv2d.default,
-        torch.ops.sparse_nas.sparse_chain.default,
-    }
-    if any(node.target in sparse for node in called):
-        return []
-    dense = [node for node in called if node.target is aten.conv2d.default]
+    """The names of the weights of all dense convolutions."""
+    dense = [node for node in body.graph.nodes if node.target is aten.conv2d.default]
     return [str(node.args[1].target) for node in dense if node.args[1].op == "get_attr"]
+
+
+def _has_sparse_convolutions(body: GraphModule) -> bool:
+    ops = torch.ops.sparse_nas
+    sparse = {ops.sparse_conv2d.default, ops.sparse_chain.default}
+    return any(node.target in sparse for node in body.graph.nodes)
 
 
 class _Pools(Interpreter):

@@ -60,15 +60,16 @@ class Signature:
 class PackedNetwork(nn.Module):
     """A network for inference with the fastest kernel found for each of its layers.
 
-    Gives what the masked module gives in eval mode, within float32 rounding, on any batch.
-    Gradients are never recorded.
+    Gives what the masked module gives in eval mode, within rounding, on any batch. Gradients are
+    never recorded. On a GPU a call waits for nothing and can be captured into a graph, once it
+    was called with as large a batch.
 
     Attributes:
         body: the traced graph, lowered to kernels, or the copy whose layers were exchanged.
         layers: one row for each call of a layer, in order of execution.
         notes: what was not packed, and why.
         runs: what calls of several layers take beside their layers.
-        layout: `channels_last` where all convolutions are dense and faster so.
+        layout: `channels_last` where all convolutions are dense and faster so, and on a GPU.
         whole: why all kernels are dense although some sparse ones won by themselves, or "".
         out_spec: how the flat outputs of a traced body are nested; None for a single tensor.
         signature: the inputs that a traced body holds for; None where layers were exchanged.

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
-from torch.utils._pytree import tree_leaves
 
 from kernels import measured
-from nas.attention import slow_attention
 from nas.latency import interleaved, using_threads
 from nas.masks import bake
+from nas.packing import devices
 from nas.packing.exchange import exchange
 from nas.packing.fuse import fuse
 from nas.packing.layer import Layer
@@ -24,11 +22,11 @@ from nas.packing.lower import Placement, lower
 from nas.packing.network import PackedNetwork, Signature
 from nas.packing.report import describe, row
 from nas.packing.runs import Run, find_runs
-from nas.packing.trace import Trace, Untraceable, batch_of, batched, trace
+from nas.packing.trace import Trace, Untraceable, trace
 from nas.packing.tune import Choice, as_dense, choose
+from nas.packing.verify import call, verify
 
 log = logging.getLogger("nas")
-TOLERANCE = 1e-3
 WHOLE_SECONDS = 0.1
 WHOLE_ROUNDS = 9
 CLEARLY = 0.95
@@ -54,22 +52,26 @@ def pack(
 
     Args:
         module: any module; it is left as it is.
-        example_input: float32 tensor or a tuple of tensors on the CPU, the batch first.
+        example_input: tensor or a tuple of tensors, the batch first, on the module's device: the
+            CPU, float32, or a GPU, float32, bfloat16 or float16 as all parameters.
         kernels: `auto`, or `dense` for the dense twin: the same path, no zero left out.
         threads: torch's threads while measuring; None for those set.
         measure: `once`: layers are not timed that were before; `anew`: all are.
 
     Raises:
-        ValueError: where the example is empty, or `kernels` or `measure` is unknown.
+        ValueError: where the example is empty, `kernels` or `measure` is unknown, or the module
+            and the example are not on one device, on a GPU of one dtype.
         TypeError: where the example holds anything but tensors.
     """
     _known("kernels", kernels, ("auto", "dense"))
     _known("measure", measure, ("once", "anew"))
     example = _checked(example_input)
     plain = bake(copy.deepcopy(module)).eval().requires_grad_(False)
+    devices.of(example[0]).check(plain, example)
     how = _How(kernels == "auto", measure == "anew")
-    with using_threads(threads), torch.no_grad():
-        _run(plain, example)
+    here: Any = torch.cuda.device_of  # nothing where that is the CPU
+    with using_threads(threads), torch.no_grad(), here(example[0]):
+        call(plain, example)
         try:
             return _from_graph(plain, example, how)
         except Exception as error:  # whatever a graph cannot do, exchanging can; the log says why
@@ -103,25 +105,20 @@ def _checked(example: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return inputs
 
 
-def _run(module: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
-    """Call `module` on clones (it may write into its inputs), attention not fused."""
-    with slow_attention():
-        return module(*(tensor.clone() for tensor in inputs))
-
-
 def _from_graph(plain: nn.Module, example: tuple[Tensor, ...], how: _How) -> PackedNetwork:
     traced = trace(plain, example)
     paths = {id(parameter): path for path, parameter in plain.named_parameters()}
-    notes = fuse(traced.module, paths)
+    notes, device = fuse(traced.module, paths), devices.of(example[0])
+    device.lay_out(traced.module)
     choices = _tune(traced.module, example, how)
     notes += tuple(choice.note for choice in choices.values() if choice.note)
-    runs = find_runs(traced.module, choices, example, how.sparse)
+    runs = find_runs(traced.module, choices, example, how.sparse) if device.core else []
     network = _network(traced, choices, runs, notes, example)
     some = runs or any(c.kernel is c.sparse for c in choices.values())
     if how.sparse and some and not _far_ahead(choices, runs):
         dense = {node: as_dense(choice) for node, choice in choices.items()}
         network = _faster(network, _network(traced, dense, [], notes, example), example)
-    _verify(network, plain, example)
+    verify(network, plain, example)
     return network
 
 
@@ -155,7 +152,8 @@ def _faster(
     """The sparse network, unless the dense one, in the layout that suits it, clearly beats it."""
     inputs = tuple(tensor.clone() for tensor in example)
     calls = [lambda: sparse(*inputs), lambda: dense(*inputs)]
-    sparse_s, dense_s = interleaved(calls, WHOLE_SECONDS, WHOLE_ROUNDS)
+    kind = devices.of(inputs[0]).kind
+    sparse_s, dense_s = interleaved(calls, WHOLE_SECONDS, WHOLE_ROUNDS, kind)
     if dense_s > CLEARLY * sparse_s:
         return sparse
     times = f"{dense_s * 1e3:.3f} ms, with sparse kernels {sparse_s * 1e3:.3f}"
@@ -209,38 +207,3 @@ def _single_output(traced: Trace, body: GraphModule) -> GraphModule:
         output.args = (output.args[0][0],)  # type: ignore[index]
         body.recompile()
     return body
-
-
-def _verify(network: PackedNetwork, plain: nn.Module, example: tuple[Tensor, ...]) -> None:
-    """Raise Untraceable where the graph does not hold for other batches than the traced one."""
-    for inputs in _batches(example):
-        try:
-            expected = tree_leaves(_run(plain, inputs))
-        except Exception:  # the module itself refuses this batch: then nothing is to be matched
-            continue
-        _compare(tree_leaves(_run(network, inputs)), expected, batch_of(inputs))
-
-
-def _batches(example: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
-    yield example
-    carries = batched(example)
-    parts = list(zip(example, carries, strict=True))
-    if batch_of(example) > 1:
-        yield tuple(x[:1] if carried else x for x, carried in parts)
-    yield tuple(torch.cat([x, x[:1]]) if carried else x for x, carried in parts)
-
-
-def _compare(results: list[Any], expected: list[Any], batch: int) -> None:
-    for result, right in zip(results, expected, strict=True):
-        same = _close(result, right) if isinstance(right, Tensor) else result == right
-        if not same:
-            raise Untraceable(f"the traced graph gives another output at batch {batch}")
-
-
-def _close(result: Tensor, right: Tensor) -> bool:
-    if (result.shape, result.dtype) != (right.shape, right.dtype):
-        return False
-    result, right = result.double(), right.double()
-    finite = right[right.isfinite()]
-    scale = float(finite.abs().max()) if finite.numel() else 0.0
-    return torch.allclose(result, right, TOLERANCE, TOLERANCE * scale, equal_nan=True)

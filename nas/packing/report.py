@@ -10,6 +10,7 @@ import torch
 from torch.fx import Node
 
 from kernels.limits import limits
+from nas.packing import devices
 from nas.packing.layer import Layer
 from nas.packing.runs import Run
 from nas.packing.tune import Choice
@@ -30,7 +31,8 @@ class PackedLayer:
         input_shape: the shape that was measured, batch first.
         pattern: how the packed weight is laid out, or `-` where none was made.
         sparsity: the share of zeros in the weight; 0.9 is 90 % zeros.
-        kernel: what runs it; `sparse_chain[0]` is the first run of layers in one call.
+        kernel: what runs it; `sparse_chain[0]` is the first run of layers in one call,
+            `sparse_linear[few]` the operator and its kernel on a GPU.
         us: median microseconds of that kernel called by itself. In a run: of the layer's own step,
             as timed inside the C core on what reaches it, no call from Python in it; linear layers
             that run as one step share its time as they take time by themselves.
@@ -38,7 +40,8 @@ class PackedLayer:
         limit_us: the least time that the cores could take with the zeros left out: the larger of
             multiply-adds (non-zeros times samples, or output pixels) over a core's peak and bytes
             (non-zeros, input and output once each) over its bandwidth from a buffer of that size;
-            of several threads each has an equal part of both. None without a compiled core.
+            of several threads each has an equal part of both. None without a compiled core, and on
+            a GPU.
         measured: `now`, as it was packed; `earlier`: both times come from such a layer that was
             measured before; `dense earlier`: only dense_us does.
     """
@@ -113,7 +116,7 @@ def row(choice: Choice) -> PackedLayer:
 
 def limit_us(layer: Layer, given: tuple[int, ...], threads: int) -> float | None:
     """See `PackedLayer.limit_us`; `given` is the shape of the input."""
-    core = limits()
+    core = limits() if devices.of(layer.weight).core else None
     if core is None:
         return None
     kept, positions = layer.nonzeros, layer.positions(given)

@@ -47,6 +47,7 @@ def save(network: PackedNetwork, folder: Path | str) -> None:
     spec = network.out_spec
     content = {
         "format": FORMAT,
+        "device": _device_of(body),
         "signature": _signature_json(signature),
         "outputs": None if spec is None else treespec_dumps(spec),
         "layout": network.layout,
@@ -67,18 +68,34 @@ def save(network: PackedNetwork, folder: Path | str) -> None:
 def load(folder: Path | str) -> PackedNetwork:
     """The network that `save` wrote; needs no code of the model that was packed.
 
+    What was packed on a GPU is loaded onto the current one.
+
     Raises:
         FileNotFoundError: where a file is missing.
-        ValueError: where a file is malformed, or the format or an operator is not known. A packed
-            weight is checked when it is first used, before any kernel sees it.
+        ValueError: where a file is malformed, or the format or an operator is not known, or it was
+            packed on a GPU and there is none. A packed weight is checked when it is first used,
+            before any kernel sees it.
     """
     path = Path(folder)
     try:
         content = json.loads((path / GRAPH).read_text())
-        tensors = load_file(path / TENSORS)
+        device = _place(content.get("device", "cpu"), path)
+        tensors = {name: part.to(device) for name, part in load_file(path / TENSORS).items()}
         return _network(content, tensors)
     except _MALFORMED as error:
         raise ValueError(f"load: {path} holds no packed network: {error!r}") from error
+
+
+def _device_of(body: GraphModule) -> str:
+    return next((tensor.device.type for tensor in body.state_dict().values()), "cpu")
+
+
+def _place(device: str, path: Path) -> str:
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"load: device must be cpu or cuda, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"load: {path} was packed on a GPU, and PyTorch finds none here")
+    return device
 
 
 def _network(content: dict[str, Any], tensors: dict[str, Tensor]) -> PackedNetwork:
@@ -133,7 +150,7 @@ def _encode(value: Any) -> Any:
     if isinstance(value, slice):
         return {"slice": _encode([value.start, value.stop, value.step])}
     if isinstance(value, torch.device):
-        return {"device": str(value)}
+        return {"device": value.type}  # the current one of them, where it is loaded
     for kind, its_type in _KINDS.items():
         if isinstance(value, its_type):
             return {kind: str(value).removeprefix("torch.")}

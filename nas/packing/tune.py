@@ -9,17 +9,13 @@ from torch import Tensor
 
 from kernels import measured
 from nas.latency import interleaved
-from nas.packing.layer import (
-    Kernel,
-    Layer,
-    dense_kernel,
-    rounding_bound,
-    sparse_kernel,
-)
+from nas.packing import devices
+from nas.packing.layer import Kernel, Layer, dense_kernel, sparse_kernel
 
 WORTH_PACKING = 0.1
 SECONDS = 0.006
 ROUNDS = 7
+LINE = 160  # characters of a reason
 
 
 @dataclass(frozen=True)
@@ -62,13 +58,16 @@ def choose(layer: Layer, x: Tensor, sparse: bool, anew: bool = False) -> Choice:
     if not sparse or layer.sparsity < WORTH_PACKING:
         (us,), earlier = _timed(layer, [dense], x, anew)
         return Choice(layer, tuple(x.shape), dense, us, us, earlier=earlier)
+    device, wrong = devices.of(x), ""
     try:
-        candidate = sparse_kernel(layer)
-        wrong = difference(layer, x, dense(x), candidate(x))
-    except (RuntimeError, ValueError, NotImplementedError) as error:
-        wrong = f"refused: {error}"
-    if wrong:
-        return replace(choose(layer, x, False, anew), note=f"{layer.name}: sparse kernel {wrong}")
+        candidate = device.offered(sparse_kernel(layer), layer, x, anew)
+        if candidate is not None:
+            wrong = device.difference(layer, x, candidate(x))
+    except Exception as error:  # whatever a kernel cannot do, dense can; a note says why
+        candidate, wrong = None, f"refused: {_briefly(error)}"
+    if candidate is None or wrong:
+        note = f"{layer.name}: sparse kernel {wrong}" if wrong else ""
+        return replace(choose(layer, x, False, anew), note=note)
     (dense_us, sparse_us), earlier = _timed(layer, [dense, candidate], x, anew)
     fastest, us = (candidate, sparse_us) if sparse_us < dense_us else (dense, dense_us)
     both = (dense_us, candidate, sparse_us)
@@ -97,17 +96,14 @@ def _timed(
 def time_us(candidates: list[Kernel], x: Tensor, seconds: float = SECONDS) -> list[float]:
     """Median microseconds of each candidate on `x`, timed turn by turn for so long."""
     calls = [lambda kernel=kernel: kernel(x) for kernel in candidates]
-    return [taken * 1e6 for taken in interleaved(calls, seconds, ROUNDS)]
+    device = devices.of(x)
+    times = interleaved(calls, seconds, ROUNDS, device.kind, device.cold)
+    return [taken * 1e6 for taken in times]
 
 
-def difference(layer: Layer, x: Tensor, expected: Tensor, result: Tensor) -> str:
-    """Why `result` is not `expected` within float32 rounding, or "" where it is."""
-    if result.shape != expected.shape:
-        return f"gave shape {tuple(result.shape)}, expected {tuple(expected.shape)}"
-    excess = (result - expected).abs() - rounding_bound(layer, x)
-    if bool((excess <= 0).all()):
-        return ""
-    return f"differs from dense by up to {float((result - expected).abs().max()):.3g}"
+def _briefly(error: Exception) -> str:
+    line = next(iter(str(error).splitlines()), "") or type(error).__name__
+    return line if len(line) <= LINE else f"{line[: LINE - 3]}..."
 
 
 def close(result: Tensor, expected: Tensor) -> bool:

@@ -21,7 +21,10 @@ def define(
     fake: Callable[..., Tensor],
     cuda: Callable[..., Tensor] | None = None,
 ) -> None:
-    """Adds an inference operator to `torch.ops.sparse_nas`, for the CPU and perhaps for GPUs."""
+    """Adds an inference operator to `torch.ops.sparse_nas`, for the CPU and perhaps for GPUs.
+
+    Its name may end in that of an overload: `sparse_linear.residual`.
+    """
     name = schema.split("(")[0]
     tags = (torch.Tag.pt2_compliant_tag,)
     FRAGMENT.define(schema, tags=tags)  # type: ignore[no-untyped-call]
@@ -29,13 +32,28 @@ def define(
     if cuda is not None:
         FRAGMENT.impl(name, cuda, "CUDA")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"sparse_nas::{name}", fake, lib=FRAGMENT)
-    DIRECT[getattr(torch.ops.sparse_nas, name).default] = run
+    operator, _, overload = name.partition(".")
+    DIRECT[getattr(getattr(torch.ops.sparse_nas, operator), overload or "default")] = run
 
 
 def in_float32(run: Callable[..., Tensor], x: Tensor, *rest: object) -> Tensor:
     """What `run` gives for an x in bfloat16: computed in float32, rounded at the end."""
     wide = (r.float() if isinstance(r, Tensor) and r.dtype is x.dtype else r for r in rest)
     return run(x.float(), *wide).bfloat16()
+
+
+def check_residual(name: str, residual: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:
+    """Checks what is added to a result before its activation.
+
+    Raises:
+        ValueError: it has not the result's shape, dtype and device.
+    """
+    like = (residual.dtype, residual.device) == (x.dtype, x.device)
+    if not like or tuple(residual.shape) != shape:
+        raise ValueError(
+            f"{name}: residual must be {x.dtype} {shape} on {x.device}, "
+            f"got {residual.dtype} {tuple(residual.shape)} on {residual.device}"
+        )
 
 
 def activation_code(name: str, activation: str) -> int:

@@ -139,7 +139,7 @@ class Conv2d:
             f"{self.block}x{self.block}",
             self.sparsity,
             close(y[:8], true),
-            conv2d.chosen(blob.read(packed.data), x, *walk),
+            conv2d.name(blob.read(packed.data), x, tuple(y.shape), *walk),
             weight,
             PIXELS,
             ours,

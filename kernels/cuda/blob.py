@@ -19,7 +19,7 @@ DENSE, BLOCKS, ENTRIES, CHANNEL = 0, 1, 2, 3
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SIZES = (128, 64, 32, 16)  # rows or columns of a block
 LARGE = 2**24  # weights from which a 2:4 product was faster than dense
-UNPACKED = 0.3  # kept in blocks, from which the weight is held unpacked too
+UNPACKED = {16: 0.05, 32: 0.1, 64: 0.28, 128: 0.36}  # kept, from which it is held unpacked too
 Made = TypeVar("Made", Tensor, Tensor | None)
 _MAGIC = b"SNBLOCKS"
 _INTS = (
@@ -296,8 +296,10 @@ def _lengths(head: Any, form: Form) -> tuple[torch.dtype, list[int]]:
 
 def _whole(blocks: Blocks) -> Tensor | None:
     """See `Blocks.whole`."""
-    little = blocks.values.numel() <= UNPACKED * blocks.rows * blocks.channels
-    return None if little and not blocks.dense else unpack(blocks)
+    if blocks.is_channel:
+        return None
+    most = UNPACKED.get(blocks.block[0], 0.0) * blocks.rows * blocks.channels
+    return unpack(blocks) if blocks.dense or blocks.values.numel() > most else None
 
 
 def _form(head: Any) -> Form:

@@ -1,13 +1,14 @@
 """`torch.ops.sparse_nas.sparse_conv2d` on a GPU: which kernel takes it."""
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.calls import activation_code, geometry
+from kernels.calls import activation_code, check_residual, geometry
 from kernels.cuda import blob, linear
 from kernels.reference import activate
 
@@ -23,6 +24,7 @@ def run(
     dilation: Sequence[int],
     groups: int,
     activation: str = "none",
+    residual: Tensor | None = None,
 ) -> Tensor:
     """See `kernels.sparse_conv2d.op`; the weight was packed on a GPU, x has its dtype.
 
@@ -40,43 +42,70 @@ def run(
     linear.check("sparse_conv2d", x, blocks, bias)
     if not out[0]:
         return _empty(x, out)
-    kernel = chosen(blocks, x, pairs[1], pairs[2])
+    kernel = chosen(blocks, x, out, pairs[1], pairs[2])
     last = x.contiguous(memory_format=torch.channels_last)
-    if kernel == "channel":
-        held = None if bias is None else bias[blocks.order].to(x.dtype)
-        y = F.conv2d(last, blocks.form.weight(blocks.values), held, *pairs[1:])
-        flat = activate(y, activation).permute(0, 2, 3, 1).reshape(-1, len(blocks.order))
-        return _images(linear.spread(flat, blocks, bias, activation), out)
-    if kernel == "dense":
-        held, wide = blocks.form.weight(blocks.values), None if bias is None else bias.to(x.dtype)
-        y = F.conv2d(last, held, wide, pairs[1], pairs[2], pairs[3], groups)
-        return activate(y, activation).contiguous(memory_format=torch.channels_last)
+    added = None
+    if residual is not None:
+        check_residual("sparse_conv2d", residual, x, out)
+        added = residual.contiguous(memory_format=torch.channels_last)
+    if kernel == "linear":
+        flat = None if added is None else _pixels(added)
+        return _images(linear.product(blocks, _pixels(last), bias, activation, flat), out)
     if kernel == "implicit":
-        return _implicit(blocks, last, bias, pairs[1:], out, code)
-    tokens = last.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
-    y = linear.product(blocks, tokens, bias, activation)
-    return _images(y, out)
+        return _implicit(blocks, last, bias, pairs[1:], out, code, added)
+    if added is None:
+        return _by_pytorch(kernel, blocks, last, bias, pairs[1:], activation)
+    y = _by_pytorch(kernel, blocks, last, bias, pairs[1:], "none")
+    return activate(y.add_(added), activation)
+
+
+def _by_pytorch(
+    kernel: str, blocks: blob.Blocks, x: Tensor, bias: Tensor | None, pairs: Any, activation: str
+) -> Tensor:
+    same = None if bias is None else bias.to(x.dtype)
+    if kernel == "channel":
+        held = None if same is None else same[blocks.order]
+        y = F.conv2d(x, blocks.form.weight(blocks.values), held, *pairs)
+        flat = linear.spread(_pixels(activate(y, activation)), blocks, bias, activation)
+        return _images(flat, (len(y), blocks.rows, *y.shape[2:]))
+    assert blocks.whole is not None
+    stride, padding, dilation = pairs
+    held = blocks.form.weight(blocks.whole)
+    y = F.conv2d(x, held, same, stride, padding, dilation, blocks.form.groups)
+    return activate(y, activation).contiguous(memory_format=torch.channels_last)
 
 
 def chosen(
-    blocks: blob.Blocks, x: Tensor, stride: tuple[int, ...], padding: tuple[int, ...]
+    blocks: blob.Blocks,
+    x: Tensor,
+    out: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
 ) -> str:
-    """The way for x (N, C, H, W): `linear`, `implicit`, or PyTorch's `dense` or `channel`."""
+    """The way for x and `out` (N, C, H, W): `linear`, `implicit`, PyTorch's `dense`, `channel`."""
     plain = (blocks.form.kernel, blocks.form.groups) == ((1, 1), 1)
     if plain and set(stride) == {1} and set(padding) == {0}:
         return "linear"
     if blocks.is_channel:
         return "channel"
-    return "dense" if blocks.dense else "implicit"
+    return "implicit" if blocks.in_blocks and linear.pays(blocks, prod(out) // out[1]) else "dense"
 
 
-def name(blocks: blob.Blocks, x: Tensor, stride: tuple[int, ...], padding: tuple[int, ...]) -> str:
+def name(
+    blocks: blob.Blocks,
+    x: Tensor,
+    out: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+) -> str:
     """What `chosen` says, of `linear` the kernel of its product."""
-    way = chosen(blocks, x, stride, padding)
-    if way != "linear":
-        return way
-    tokens = linear.aligned(x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]))
-    return linear.chosen(blocks, tokens)
+    way = chosen(blocks, x, out, stride, padding)
+    return linear.chosen(blocks, linear.aligned(_pixels(x))) if way == "linear" else way
+
+
+def _pixels(x: Tensor) -> Tensor:
+    """Images (N, C, H, W) as pixels (N * H * W, C): no copy where channels lie last."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
 def _images(y: Tensor, out: tuple[int, ...]) -> Tensor:
@@ -85,13 +114,24 @@ def _images(y: Tensor, out: tuple[int, ...]) -> Tensor:
 
 
 def _implicit(
-    blocks: blob.Blocks, x: Tensor, bias: Tensor | None, pairs: Any, out: Any, code: int
+    blocks: blob.Blocks,
+    x: Tensor,
+    bias: Tensor | None,
+    pairs: Any,
+    out: Any,
+    code: int,
+    added: Tensor | None,
 ) -> Tensor:
     from kernels.cuda import implicit  # not at the top: Triton is imported only where it is needed
 
-    wide, x = None if bias is None else bias.float(), x.clone() if x.data_ptr() % 16 else x
+    wide, x = None if bias is None else bias.float(), _aligned(x)
+    added = None if added is None else _aligned(added)
     with torch.cuda.device(x.device):
-        return implicit.conv2d(blocks, x, wide, implicit.Walk(*pairs), out, code)
+        return implicit.conv2d(blocks, x, wide, implicit.Walk(*pairs), out, code, residual=added)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    return x.clone() if x.data_ptr() % 16 else x
 
 
 def _empty(x: Tensor, out: tuple[int, ...]) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from kernels.cuda.blob import Blocks
 from kernels.cuda.driver import available, function
 
-MOST_TOKENS = 64
+MOST_TOKENS = 32
 
 
 @dataclass(frozen=True)

@@ -97,31 +97,38 @@ def conv2d(
     out: tuple[int, int, int, int],
     activation: int,
     how: Plan | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """Gives y of shape `out` (N, C, H, W) of x (N, C, H, W), both channels last; bias float32."""
+    """Gives y of shape `out` (N, C, H, W) of x (N, C, H, W), both channels last; bias float32.
+
+    A residual like y is added before the activation.
+    """
     how = how or plan(blocks, x, out, walk)
     y = torch.empty(out, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     (images, channels, height, width), (block_rows, block_columns) = x.shape, blocks.block
     boxes = covered((out[0], *out[2:]), how.box) // prod(how.box)
     flat = blocks.values.view(-1, block_columns)
     given: tuple[Any, Any] = (x, flat)
+    added: Any = y if residual is None else residual
     to: Any = y
     if how.bulk:
         given = (
             TensorDescriptor.from_tensor(_by_stride(x, walk.stride), _window(how)),
             TensorDescriptor.from_tensor(flat, [block_rows, how.step]),
         )
-        to = TensorDescriptor.from_tensor(y.permute(0, 2, 3, 1), [*how.box, block_rows])
+        tile = [*how.box, block_rows]
+        added, to = (TensorDescriptor.from_tensor(t.permute(0, 2, 3, 1), tile) for t in (added, y))
     _conv2d[(boxes * (blocks.rows // block_rows),)](
         *given, blocks.order, blocks.starts, blocks.columns,
-        bias if bias is not None else blocks.starts, to,
+        bias if bias is not None else blocks.starts, added, to,
         images, height, width, out[2], out[3], blocks.rows,
         HEIGHT=block_rows, WIDTH=block_columns, STEP=how.step, STEPS=block_columns // how.step,
         CHANNELS=channels, ACROSS=blocks.form.kernel[1],
         STRIDE_H=walk.stride[0], STRIDE_W=walk.stride[1], PAD_H=walk.padding[0],
         PAD_W=walk.padding[1], APART_H=walk.dilation[0], APART_W=walk.dilation[1],
         IMAGES=how.box[0], TALL=how.box[1], WIDE=how.box[2], GROUP=how.group, SORTED=how.sorted,
-        BULK=how.bulk, BIAS=bias is not None, ACTIVATION=activation, PRECISION=precision(),
+        BULK=how.bulk, BIAS=bias is not None, ADDED=residual is not None,
+        ACTIVATION=activation, PRECISION=precision(),
         OUT=TYPES[x.dtype], num_warps=how.warps, num_stages=how.stages,
         **early(how.bulk),
     )  # fmt: skip
@@ -168,15 +175,39 @@ def _under(
 
 
 @triton.jit
+def _others(
+    added, corner, row, here, real, PIXELS: tl.constexpr, HEIGHT: tl.constexpr, BULK: tl.constexpr
+):
+    """What is added to the sums (pixels, HEIGHT)."""
+    if BULK:
+        part = added.load([corner[0], corner[1], corner[2], row]).reshape([PIXELS, HEIGHT])
+    else:
+        part = tl.load(added + here, mask=real[:, None], other=0.0)
+    return part.to(tl.float32)
+
+
+@triton.jit
+def _put(
+    y, total, corner, row, here, real, IMAGES: tl.constexpr, TALL: tl.constexpr,
+    WIDE: tl.constexpr, HEIGHT: tl.constexpr, BULK: tl.constexpr,
+):  # fmt: skip
+    if BULK:
+        box = total.reshape([IMAGES, TALL, WIDE, HEIGHT])
+        y.store([corner[0], corner[1], corner[2], row], box)
+    else:
+        tl.store(y + here, total, mask=real[:, None])
+
+
+@triton.jit
 def _conv2d(
-    x, values, order, starts, columns, bias, y,
+    x, values, order, starts, columns, bias, added, y,
     images, height, width, out_height, out_width, rows,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr,
     CHANNELS: tl.constexpr, ACROSS: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, APART_H: tl.constexpr, APART_W: tl.constexpr,
     IMAGES: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr, GROUP: tl.constexpr,
-    SORTED: tl.constexpr, BULK: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
-    PRECISION: tl.constexpr, OUT: tl.constexpr,
+    SORTED: tl.constexpr, BULK: tl.constexpr, BIAS: tl.constexpr, ADDED: tl.constexpr,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
     PIXELS: tl.constexpr = IMAGES * TALL * WIDE
     UP: tl.constexpr = (PAD_H + STRIDE_H - 1) // STRIDE_H  # strides, so that no rest is negative
@@ -201,15 +232,12 @@ def _conv2d(
         w = weights(values, i // STEPS, i % STEPS * STEP, HEIGHT, WIDTH, STEP, BULK, False)
         dy = at // CHANNELS // ACROSS * APART_H - PAD_H + UP * STRIDE_H
         dx = at // CHANNELS % ACROSS * APART_W - PAD_W + LEFT * STRIDE_W
-        part = _under(
-            x, corner, pixels, dy, dx, at % CHANNELS, height, width,
-            CHANNELS, STEP, STRIDE_H, STRIDE_W, UP, LEFT, PIXELS, BULK,
-        )  # fmt: skip
+        part = _under(x, corner, pixels, dy, dx, at % CHANNELS, height, width,
+                      CHANNELS, STEP, STRIDE_H, STRIDE_W, UP, LEFT, PIXELS, BULK)  # fmt: skip
         total = tl.dot(w, part.T, total, input_precision=PRECISION)
-    row = line * HEIGHT + tl.arange(0, HEIGHT)
-    total = finished(total.T, bias, row, BIAS, ACTIVATION).to(OUT)
-    if BULK:
-        shape: tl.constexpr = [IMAGES, TALL, WIDE, HEIGHT]
-        y.store([corner[0], corner[1], corner[2], line * HEIGHT], total.reshape(shape))
-    else:
-        tl.store(y + place[:, None] * rows + row[None, :], total, mask=pixels[3][:, None])
+    row, total = line * HEIGHT + tl.arange(0, HEIGHT), total.T
+    here = place[:, None] * rows + row[None, :]
+    if ADDED:
+        total += _others(added, corner, line * HEIGHT, here, pixels[3], PIXELS, HEIGHT, BULK)
+    total = finished(total, bias, row, BIAS, ACTIVATION, OUT)
+    _put(y, total, corner, line * HEIGHT, here, pixels[3], IMAGES, TALL, WIDE, HEIGHT, BULK)

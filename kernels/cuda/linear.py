@@ -10,11 +10,19 @@ from kernels.calls import activation_code
 from kernels.cuda import blob, entries, expand, few, table, two_of_four
 from kernels.reference import activate
 
+_MANY = 1024  # tokens, or pixels
+# kept in blocks of so many rows, up to which they are faster than dense: of fewer tokens, of more
+_PAYS = {16: (0.05, 0.07), 32: (0.1, 0.28), 64: (0.28, 0.5), 128: (0.36, 0.7)}
 KERNELS = ("few", "many", "entries", "expand", "two_of_four", "channel", "dense")
 
 
 def run(
-    x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, activation: str = "none"
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    activation: str = "none",
+    residual: Tensor | None = None,
 ) -> Tensor:
     """See `kernels.sparse_linear.op`; the weight was packed on a GPU, x has its dtype.
 
@@ -30,15 +38,30 @@ def run(
     activation_code("sparse_linear", activation)
     check("sparse_linear", x, blocks, bias)
     tokens = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    return product(blocks, tokens, bias, activation).view(*x.shape[:-1], out_features)
+    added = None if residual is None else residual.reshape(-1, out_features)
+    return product(blocks, tokens, bias, activation, added).view(*x.shape[:-1], out_features)
 
 
-def product(blocks: blob.Blocks, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """Gives act(x W^T + b) (tokens, rows), contiguous, of x (tokens, channels)."""
+def product(
+    blocks: blob.Blocks,
+    x: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Gives act(x W^T + b + residual) (tokens, rows), contiguous, of x (tokens, channels)."""
     if not len(x):
         return x.new_empty(0, blocks.rows)
     tokens = aligned(x)
-    return compute(chosen(blocks, tokens), blocks, tokens, bias, activation)
+    kernel = chosen(blocks, tokens)
+    if residual is None:
+        return compute(kernel, blocks, tokens, bias, activation)
+    if kernel != "many":
+        return activate(compute(kernel, blocks, tokens, bias, "none").add_(residual), activation)
+    wide, code = None if bias is None else bias.float(), activation_code(kernel, activation)
+    with torch.cuda.device(x.device):
+        y: Tensor = _module(kernel).linear(blocks, tokens, wide, code, residual=aligned(residual))
+        return y
 
 
 def compute(
@@ -92,7 +115,15 @@ def chosen(blocks: blob.Blocks, tokens: Tensor) -> str:
         if expand.takes(blocks, tokens):
             return "expand"
         return "two_of_four" if two_of_four.takes(blocks, tokens) else "dense"
-    return "few" if few.takes(blocks, tokens) else "many"
+    if few.takes(blocks, tokens):
+        return "few"
+    return "many" if pays(blocks, len(tokens)) else "dense"
+
+
+def pays(blocks: blob.Blocks, tokens: int) -> bool:
+    """Whether a weight in blocks is faster than a dense one, by a rule of thumb."""
+    kept = blocks.values.numel() / (blocks.rows * blocks.channels)
+    return blocks.whole is None or kept <= _PAYS[blocks.block[0]][tokens >= _MANY]
 
 
 def takes(kernel: str, blocks: blob.Blocks, x: Tensor) -> bool:

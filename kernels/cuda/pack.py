@@ -96,8 +96,8 @@ def _grid(matrix: Tensor, height: int, width: int) -> Tensor:
 
 def _write(matrix: Tensor, form: b.Form) -> Tensor:
     rows, columns = matrix.shape
-    rows_kept = _channel(matrix, form)
-    block = _block(matrix, form) if rows_kept is None else None
+    rows_kept, block = _channel(matrix, form), _block(matrix, form)
+    rows_kept = rows_kept if block is None else None  # blocks are written faster than rows
     starts = places = tiles = kept = torch.zeros(0, dtype=torch.int32, device=matrix.device)
     values, kind = matrix.contiguous(), b.DENSE if block is None else b.BLOCKS
     if rows_kept is not None:

@@ -19,15 +19,16 @@ def takes(blocks: Blocks, x: Tensor) -> bool:
 def linear(blocks: Blocks, x: Tensor, bias: Tensor | None) -> Tensor:
     """Gives y (tokens, rows) of x (tokens, channels), contiguous; bias of their dtype."""
     held: Any = blocks.two_of_four
-    given = {"compressed_A": held, "dense_B": x.t(), "bias": bias, "transpose_result": True}
-    return torch._cslt_sparse_mm(**given, alg_id=_algorithm(given, blocks, x))
+    algorithm = _algorithm(held, x.t(), blocks.rows)
+    return torch._cslt_sparse_mm(held, x.t(), bias, transpose_result=True, alg_id=algorithm)
 
 
-def _algorithm(given: dict[str, Any], blocks: Blocks, x: Tensor) -> int:
+def _algorithm(held: Tensor, x: Tensor, rows: int) -> int:
     """The fastest one, searched once for each shape; the default while a graph is captured."""
-    key = (blocks.rows, *x.shape, x.dtype, x.device, given["bias"] is None)
+    key = (rows, *x.shape, x.dtype, x.device)
     if key not in _found:
         if torch.cuda.is_current_stream_capturing():
             return 0
-        _found[key] = torch._cslt_sparse_mm_search(**given)
+        search: Any = torch._C._cusparselt.mm_search  # type: ignore[attr-defined]
+        _found[key] = search(held, x, None, None, None, True)[0]
     return _found[key]

@@ -1,7 +1,11 @@
-"""`torch.ops.sparse_nas.sparse_conv2d`: act(x * W + b) with a packed weight."""
+"""`torch.ops.sparse_nas.sparse_conv2d`: act(x * W + b) with a packed weight.
+
+`sparse_conv2d.residual` adds a tensor of the result's shape before the activation.
+"""
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from torch import Tensor, bfloat16, channels_last, get_num_threads
 
@@ -9,12 +13,19 @@ from kernels import calls
 from kernels.blob import CONV2D, shape_of
 from kernels.native.library import library
 from kernels.packed import check_blob, unpack
+from kernels.reference import activate
 from kernels.sparse_conv2d import reference
 
 SCHEMA = (
     "sparse_conv2d(Tensor x, Tensor weight, Tensor? bias, int out_channels, int[2] kernel_size, "
     "int[2] stride, int[2] padding, int[2] dilation, int groups, "
     'str activation="none") -> Tensor'
+)
+
+ADDED = (
+    "sparse_conv2d.residual(Tensor x, Tensor weight, Tensor? bias, Tensor residual, "
+    "int out_channels, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, "
+    'int groups, str activation="none") -> Tensor'
 )
 
 
@@ -119,4 +130,37 @@ def _run_cuda(
     return conv2d.run(x, weight, bias, out_channels, *walk)
 
 
+def _added(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, *walk: Any, **rest: Any
+) -> Tensor:
+    walk, activation = _parted(walk, rest)
+    calls.activation_code("sparse_conv2d", activation)
+    y = _run(x, weight, bias, *walk)
+    calls.check_residual("sparse_conv2d", residual, x, tuple(y.shape))
+    return activate(y.add_(residual), activation)
+
+
+def _added_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, *walk: Any, **rest: Any
+) -> Tensor:
+    return _fake(x, weight, bias, *walk, **rest)
+
+
+def _added_cuda(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, *walk: Any, **rest: Any
+) -> Tensor:
+    from kernels.cuda import conv2d
+
+    walk, activation = _parted(walk, rest)
+    run: Any = conv2d.run
+    added: Tensor = run(x, weight, bias, *walk, activation=activation, residual=residual)
+    return added
+
+
+def _parted(walk: tuple[Any, ...], rest: dict[str, Any]) -> tuple[tuple[Any, ...], str]:
+    """The six arguments that say how it walks, and the activation."""
+    return walk[:6], walk[6] if len(walk) > 6 else rest.get("activation", "none")
+
+
 calls.define(SCHEMA, _run, _fake, _run_cuda)
+calls.define(ADDED, _added, _added_fake, _added_cuda)

@@ -1,4 +1,7 @@
-"""`torch.ops.sparse_nas.sparse_linear`: act(x W^T + b) with a packed weight."""
+"""`torch.ops.sparse_nas.sparse_linear`: act(x W^T + b) with a packed weight.
+
+`sparse_linear.residual` adds a tensor of the result's shape before the activation.
+"""
 
 from functools import lru_cache, partial
 
@@ -8,11 +11,17 @@ from kernels import calls
 from kernels.blob import LINEAR, shape_of
 from kernels.native.library import library
 from kernels.packed import check_blob, unpack
+from kernels.reference import activate
 from kernels.sparse_linear import reference
 
 SCHEMA = (
     "sparse_linear(Tensor x, Tensor weight, Tensor? bias, int out_features, "
     'str activation="none") -> Tensor'
+)
+
+ADDED = (
+    "sparse_linear.residual(Tensor x, Tensor weight, Tensor? bias, Tensor residual, "
+    'int out_features, str activation="none") -> Tensor'
 )
 
 
@@ -86,4 +95,43 @@ def _run_cuda(
     return linear.run(x, weight, bias, out_features, activation)
 
 
+def _added(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    out_features: int,
+    activation: str = "none",
+) -> Tensor:
+    calls.activation_code("sparse_linear", activation)
+    calls.check_residual("sparse_linear", residual, x, (*x.shape[:-1], out_features))
+    return activate(_run(x, weight, bias, out_features).add_(residual), activation)
+
+
+def _added_fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    out_features: int,
+    activation: str = "none",
+) -> Tensor:
+    return _fake(x, weight, bias, out_features)
+
+
+def _added_cuda(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    out_features: int,
+    activation: str = "none",
+) -> Tensor:
+    from kernels.cuda import linear
+
+    calls.check_residual("sparse_linear", residual, x, (*x.shape[:-1], out_features))
+    return linear.run(x, weight, bias, out_features, activation, residual)
+
+
 calls.define(SCHEMA, _run, _fake, _run_cuda)
+calls.define(ADDED, _added, _added_fake, _added_cuda)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import kernels
+from kernels.calls import geometry
 from kernels.reference import activate
 from nas.packing.layer import Kernel, Layer, aten, rounding_bound
 
@@ -130,7 +131,10 @@ def _of_a_convolution(layer: Layer, x: Tensor) -> str:
 
     assert layer.conv is not None
     blocks = blob.read(layer.packed.data)
-    return conv2d.name(blocks, x, layer.conv.stride, layer.conv.padding)
+    conv, kernel = layer.conv, tuple(layer.weight.shape[2:])
+    shape = (tuple(x.shape), len(layer.weight), kernel)
+    out = geometry(*shape, conv.stride, conv.padding, conv.dilation, conv.groups).out
+    return conv2d.name(blocks, x, out, conv.stride, conv.padding)
 
 
 def _inputs(example: tuple[Tensor, ...]) -> Iterator[tuple[str, Tensor]]:

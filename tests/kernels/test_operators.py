@@ -16,6 +16,7 @@ CONV = kernels.pack_conv2d(draws.weight(0, (8, 3, 3, 3), 0.3, 1))
 DEPTHWISE = kernels.pack_conv2d(draws.weight(0, (8, 1, 3, 3), 1.0, 1), 8)
 BIAS = draws.numbers(0, 8)
 WHERE = ([3, 3], [2, 2], [1, 1], [1, 1])
+RESIDUAL = draws.numbers(2, 2, 8, 5, 4)
 
 
 class Network(nn.Module):
@@ -49,7 +50,15 @@ CALLS: list[tuple[OpOverload[..., Tensor], tuple[object, ...]]] = [
     (ops.sparse_linear.default, (draws.numbers(0, 4, 24), LINEAR.data, None, 10)),
     (ops.sparse_linear.default, (draws.numbers(0, 2, 3, 24), LINEAR.data, torch.ones(10), 10)),
     (ops.sparse_linear.default, (draws.numbers(0, 24, 3).T, LINEAR.data, None, 10, "silu")),
+    (
+        ops.sparse_linear.residual,
+        (draws.numbers(0, 4, 24), LINEAR.data, None, draws.numbers(1, 4, 10), 10, "relu"),
+    ),
     (ops.sparse_conv2d.default, (draws.numbers(0, 2, 3, 9, 7), CONV.data, BIAS, 8, *WHERE, 1)),
+    (
+        ops.sparse_conv2d.residual,
+        (draws.numbers(0, 2, 3, 9, 7), CONV.data, BIAS, RESIDUAL, 8, *WHERE, 1),
+    ),
     (ops.sparse_chain.default, (draws.numbers(0, 4, 24), PROGRAM, [10])),
 ]
 

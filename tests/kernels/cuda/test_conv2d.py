@@ -88,7 +88,7 @@ def test_groups_and_zeros_anywhere_are_dense(groups: int) -> None:
     check(x, weight, None, (*WALKS[0][:3], groups), "gelu")
     packed = kernels.pack_conv2d(weight, groups)
     assert packed.meta["block"] == "dense"
-    assert chosen(blob.read(packed.data), x, (1, 1), (1, 1)) == "dense"
+    assert chosen(blob.read(packed.data), x, (4, 64, 9, 9), (1, 1), (1, 1)) == "dense"
     assert torch.equal(kernels.dense(packed), weight)
 
 
@@ -140,3 +140,16 @@ def test_what_does_not_fit_is_named() -> None:
         conv2d(x.half(), data, None, 64, (3, 3), *walk)
     with pytest.raises(ValueError, match="for sparse_conv2d"):
         torch.ops.sparse_nas.sparse_linear(x, data, None, 64)
+
+
+@pytest.mark.parametrize("walk", WALKS)
+@pytest.mark.parametrize("block", [(1, 1), (64, 64)])
+def test_a_residual_is_added_before_the_activation(block: tuple[int, int], walk: Any) -> None:
+    *walks, kernel = walk
+    weight, bias = masked((128, 64, *kernel), block, 0.2, torch.half), torch.randn(128).cuda()
+    x = torch.randn(5, 64, 12, 12, device="cuda").half()
+    true = F.conv2d(x.double(), weight.double(), bias.double(), *walks)
+    residual = torch.randn(true.shape, device="cuda").half()
+    rest = (kernels.pack_conv2d(weight).data, bias, residual, 128, kernel, *walks, 1, "relu")
+    y, true = torch.ops.sparse_nas.sparse_conv2d.residual(x, *rest), true + residual.double()
+    assert (y.double() - true.relu()).norm() <= BOUND[torch.half] * true.norm()

@@ -52,7 +52,10 @@ def test_many_tokens(dtype: torch.dtype, block: tuple[int, int], tokens: int) ->
     blocks = blob.read(pack.pack_linear(weight).data)
     x, bias = torch.randn(tokens, 128).to(dtype), torch.randn(256)
     for name, code in ACTIVATIONS.items():
-        true = activate(F.linear(x.double(), weight.double(), bias.double()), name)
+        sums = F.linear(x.double(), weight.double(), bias.double())
+        true, added = activate(sums, name), torch.randn(tokens, 256).to(dtype)
+        y = many.linear(blocks, x, bias, code, residual=added)
+        assert close(y, activate(sums + added.double(), name))
         y = many.linear(blocks, x, bias, code)
         assert (y.double() - true).norm() <= BOUND[dtype] * true.norm()
 
@@ -129,3 +132,7 @@ def test_convolution(dtype: torch.dtype, block: tuple[int, int], walk: Any) -> N
     out: Any = tuple(true.shape)
     y = implicit.conv2d(blocks, x, bias, implicit.Walk(stride, padding, dilation), out, 1)
     assert close(y, true.relu())
+    added = torch.randn(out).to(dtype).contiguous(memory_format=torch.channels_last)
+    walked = (blocks, x, bias, implicit.Walk(stride, padding, dilation), out)
+    y = implicit.conv2d(*walked, 4, residual=added)
+    assert close(y, F.gelu(true + added.double()))

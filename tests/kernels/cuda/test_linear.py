@@ -208,3 +208,17 @@ def test_what_does_not_fit_is_named() -> None:
     cpu = kernels.pack_linear(weight.cpu()).data.cuda()
     with pytest.raises(ValueError, match="magic must be b'SNBLOCKS'"):
         linear(x, cpu, None, 64)
+
+
+@pytest.mark.parametrize("tokens", [4, 300])
+@pytest.mark.parametrize("block", [(1, 1), (64, 64)])
+def test_a_residual_is_added_before_the_activation(block: tuple[int, int], tokens: int) -> None:
+    weight = masked(256, 128, block, 0.2, torch.float16)
+    x, bias = torch.randn(2, tokens, 128, device="cuda").half(), torch.randn(256, device="cuda")
+    residual = torch.randn(256, tokens, 2, device="cuda").half().permute(2, 1, 0)
+    rest = (kernels.pack_linear(weight).data, bias, residual, 256, "relu")
+    y = torch.ops.sparse_nas.sparse_linear.residual(x, *rest)
+    true = F.linear(x.double(), weight.double(), bias.double()) + residual.double()
+    assert (y.double() - true.relu()).norm() <= BOUND[torch.float16] * true.norm()
+    with pytest.raises(ValueError, match=r"residual must be torch\.float16"):
+        torch.ops.sparse_nas.sparse_linear.residual(x, rest[0], bias, residual[:1], 256)

@@ -1,6 +1,8 @@
-// Depthwise convolution of 3x3 and 5x5 kernels, row by row: a row of input is loaded once for all rows of output that
-// it serves; columns outside are lanes that are not read, so that no borders are needed.
+// Depthwise convolution of 3x3 and 5x5: of neighbouring outputs with channels beside each other (channels.h); of
+// others, and of channels that fill no vector, row by row: a row of input is loaded once for all rows of output that it
+// serves; columns outside are lanes that are not read, so that no borders are needed.
 #pragma once
+#include "channels.h"
 #include "conv2d.h"
 #include "rows.h"
 
@@ -124,8 +126,7 @@ static void depthwise_plane(const Depthwise& d, bool beyond, const Rest&... rest
   const bool around = near && d.rows.stride == 1 && d.cols.stride == 1 && d.cols.pad == K / 2;
   // sixteen lanes hide masks behind the multiply-adds of nine weights that stay in registers
   if (around && beyond && d.rows.out >= 4 && (K == 5 || V < 16))
-    return d.rows.out % 7 == 0 ? depthwise_plane<kAround, 7, 1, K>(d, rest...)
-                               : depthwise_plane<kAround, 4, 1, K>(d, rest...);
+    return depthwise_plane<kAround, 4, 1, K>(d, rest...);
   if (d.rows.stride == 1 && d.cols.stride == 1)
     return d.rows.out >= 4 * d.rows.dilation ? depthwise_plane<kFirst, 4, 1, K>(d, rest...)
                                              : depthwise_plane<kFirst, 1, 1, K>(d, rest...);
@@ -147,8 +148,9 @@ static void activate_plane(const View& v, float* y, int activation) {
     }
 }
 
-static void conv_depthwise(const Conv& c) {
-  const int64_t channels = c.h->rows, taps = c.rows.taps * c.cols.taps;
+// channels from `begin` on
+static void conv_planes(const Conv& c, int64_t begin) {
+  const int64_t channels = c.h->rows - begin, taps = c.rows.taps * c.cols.taps;
   Under* under = scratch.get<Under>(kCall, ceil_pos(c.cols.out, V));
   find_under(c.cols, c.cols.stride == 2 && c.cols.dilation == 1, under);
   float* zeros = scratch.get<float>(kPadded, c.cols.in + V);
@@ -158,7 +160,7 @@ static void conv_depthwise(const Conv& c) {
   const bool clamped = c.w.activation == kRelu || c.w.activation == kRelu6;
   const vf low = splat(clamped ? 0.f : -infinity), high = splat(c.w.activation == kRelu6 ? 6.f : infinity);
   parallel(c.images * channels, c.threads, [&](int64_t task) {
-    const int64_t n = task / channels, row = task % channels;
+    const int64_t n = task / channels, row = begin + task % channels;
     const int32_t first = c.w.starts[row], last = c.w.starts[row + 1];
     const float* weight = c.w.values + first;
     float some_zero[25] = {};
@@ -169,12 +171,18 @@ static void conv_depthwise(const Conv& c) {
     const float bias = c.w.bias ? c.w.bias[row] : 0.f;
     const float* x = c.in.at(n, row);
     float* y = c.out.at(n, row);
-    const bool beyond = (c.images * channels - 1 - task) * c.rows.in * c.cols.in >= V + taps;
+    const bool beyond = ((c.images - n) * c.h->rows - 1 - row) * c.rows.in * c.cols.in >= V + taps;
     c.rows.taps == 3 ? depthwise_plane<3>(d, beyond, weight, bias, low, high, x, y)
                      : depthwise_plane<5>(d, beyond, weight, bias, low, high, x, y);
     if (c.w.activation > kRelu6) activate_plane(c.out, y, c.w.activation);
     clear_around(c.out, n, row);
   });
+}
+
+static void conv_depthwise(const Conv& c) {
+  const int64_t beside = channels_pay(c) ? c.h->rows / V * V : 0;
+  if (beside) c.rows.taps == 3 ? conv_channels<3>(c, beside) : conv_channels<5>(c, beside);
+  if (beside < c.h->rows) conv_planes(c, beside);
 }
 
 }  // namespace sn

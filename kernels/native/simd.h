@@ -64,6 +64,25 @@ static inline vf permute(vf v, const int32_t* perm) {
 #endif
 }
 
+// a vector of fours, `step` floats from one to the next
+static inline vf load_fours(const float* p, int64_t step) {
+#if SN_LANES == 16 && defined(__AVX512F__)
+  const auto two = [&](const float* q) {
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(q)), _mm_loadu_ps(q + step), 1);
+  };
+  return (vf)_mm512_insertf32x8(_mm512_castps256_ps512(two(p)), two(p + 2 * step), 1);
+#elif SN_LANES == 8 && defined(__AVX2__)
+  return (vf)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + step), 1);
+#else
+  vf v;
+  for (int i = 0; i < V; i += 4) std::memcpy(reinterpret_cast<float*>(&v) + i, p + i / 4 * step, 16);
+  return v;
+#endif
+}
+static inline void store_fours(float* p, int64_t step, vf v) {
+  for (int i = 0; i < V; i += 4) std::memcpy(p + i / 4 * step, reinterpret_cast<const float*>(&v) + i, 16);
+}
+
 // Some lanes of a vector: [first, last).
 #if SN_LANES == 16 && defined(__AVX512F__)
 struct Some {

@@ -51,6 +51,27 @@ static void transpose_rest(const float* from, int64_t first, int64_t rows, int64
     }
 }
 
+// --- four by four, in every four lanes
+
+template <int A, int B, int C, int D, int... I>
+static inline vf pick(vf a, vf b, std::integer_sequence<int, I...>) {
+  constexpr int of[4] = {A, B, C, D};
+  return __builtin_shufflevector(a, b, (I / 4 * 4 + of[I % 4] % 4 + of[I % 4] / 4 * V)...);
+}
+// of every four lanes those of a (0 to 3) and b (4 to 7)
+template <int A, int B, int C, int D>
+static inline vf pick(vf a, vf b) {
+  return pick<A, B, C, D>(a, b, std::make_integer_sequence<int, V>());
+}
+static inline void turn_fours(vf (&v)[4]) {
+  const vf a = pick<0, 4, 1, 5>(v[0], v[1]), b = pick<2, 6, 3, 7>(v[0], v[1]);
+  const vf c = pick<0, 4, 1, 5>(v[2], v[3]), d = pick<2, 6, 3, 7>(v[2], v[3]);
+  v[0] = pick<0, 1, 4, 5>(a, c), v[1] = pick<2, 3, 6, 7>(a, c);
+  v[2] = pick<0, 1, 4, 5>(b, d), v[3] = pick<2, 3, 6, 7>(b, d);
+}
+
+// --- any matrix
+
 // to[c][r] = from[r][c]
 static void transpose(const float* from, int64_t rows, int64_t cols, int64_t from_pitch, float* to, int64_t to_pitch) {
   const int64_t whole_rows = rows / V * V, whole_cols = cols / V * V;

@@ -13,6 +13,7 @@ seeds = st.integers(0, 2**31 - 1)
 storage = st.sampled_from([torch.float32, torch.bfloat16])
 equal_rows = st.sampled_from([0, 1, 4])
 densities = st.sampled_from([0.0, 0.05, 0.2, 0.6, 1.0])
+channels = st.sampled_from([1, 2, 3, 5, 6, 21])  # the last: more than a vector holds, by some
 
 
 def weight(seed: int, shape: tuple[int, ...], density: float, rows: int) -> Tensor:
@@ -101,3 +102,17 @@ pointwise = st.builds(
     padding=st.just((0, 0)),
     dilation=st.just((1, 1)),
 )
+
+# of the kernels that have code of their own, channels that fill vectors and channels that are left
+depthwise = st.builds(
+    Conv,
+    images=st.integers(1, 3),
+    groups=st.sampled_from([3, 8, 16, 21, 40]),
+    inputs=st.just(1),
+    outputs=st.just(1),
+    size=st.one_of(st.tuples(st.integers(1, 19), st.integers(1, 35)), st.just((32, 32))),
+    kernel=st.sampled_from([(3, 3), (5, 5)]),
+    stride=st.sampled_from([(1, 1), (1, 1), (1, 1), (2, 2)]),
+    padding=_pairs(0, 3),
+    dilation=st.sampled_from([(1, 1), (1, 1), (1, 1), (2, 2)]),
+).filter(Conv.fits)

@@ -83,7 +83,7 @@ def calls(draw: st.DrawFn) -> Case:
     seed, threads, batch = draw(draws.seeds), draw(st.integers(1, 3)), draw(batches)
     operation = draw(st.sampled_from(["linear", "conv2d", "step", "program"]))
     if operation in ("program", "step"):
-        size = draw(st.tuples(st.integers(1, 6), st.integers(1, 19), st.integers(1, 35)))
+        size = draw(st.tuples(draws.channels, st.integers(1, 19), st.integers(1, 35)))
         steps = 1 if operation == "step" else draw(st.integers(2, 9))
         graph = one_step(seed, size) if steps == 1 else Drawn(seed, size).grow(steps)
         parts = draw(st.sampled_from([p for p in (0, *PARTS) if not p or fits(graph, p)]))
@@ -91,7 +91,7 @@ def calls(draw: st.DrawFn) -> Case:
     density, rows = draw(draws.densities), draw(draws.equal_rows)
     activation, with_bias = draw(draws.activations), draw(st.booleans())
     if operation == "conv2d":
-        conv = draw(st.one_of(draws.general, draws.pointwise))
+        conv = draw(st.one_of(draws.general, draws.pointwise, draws.depthwise))
         weight = draws.weight(seed, conv.weight_shape, density, rows)
         bias = draws.numbers(seed, len(weight)) if with_bias else None
         return conv2d(conv, draws.numbers(seed, *conv.x_shape), weight, bias, activation, threads)

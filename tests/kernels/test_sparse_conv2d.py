@@ -33,9 +33,9 @@ def check(case: draws.Conv, x: Tensor, weight: Tensor, bias: Tensor | None, act:
     assert y.is_contiguous()
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
-    case=st.one_of(draws.general, draws.pointwise),
+    case=st.one_of(draws.general, draws.pointwise, draws.depthwise),
     density=draws.densities,
     rows=draws.equal_rows,
     activation=draws.activations,
@@ -63,6 +63,8 @@ LARGE = [
     draws.Conv(1, 1, 3, 8, (224, 224), (7, 7), (2, 2), (3, 3), (1, 1)),
     draws.Conv(8, 1, 16, 16, (32, 32), (3, 3), (1, 1), (1, 1), (1, 1)),
     draws.Conv(2, 36, 1, 1, (32, 32), (5, 5), (1, 1), (4, 4), (2, 2)),
+    draws.Conv(2, 39, 1, 1, (29, 30), (5, 5), (1, 1), (2, 2), (1, 1)),
+    draws.Conv(3, 48, 1, 1, (15, 23), (3, 3), (1, 1), (1, 1), (1, 1)),
     draws.Conv(40, 1, 64, 8, (8, 8), (3, 3), (1, 1), (1, 1), (1, 1)),
 ]
 

@@ -14,6 +14,7 @@ import kernels
 from kernels.calls import geometry
 from kernels.reference import activate
 from nas.packing.layer import Kernel, Layer, aten, rounding_bound
+from nas.packing.residual import fuse_residuals
 
 _UNIT = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # of one rounding
 
@@ -51,6 +52,9 @@ class Cpu:
 
     def lay_out(self, module: GraphModule) -> None:
         """Lay out, in place, what a fused graph holds."""
+
+    def finish(self, module: GraphModule) -> None:
+        """Rewrite, in place, a graph of kernels as this device runs it faster."""
 
     def offered(self, kernel: Kernel, layer: Layer, x: Tensor, anew: bool) -> Kernel | None:
         """The sparse operator under the name of what runs in it; None where that is dense."""
@@ -94,6 +98,10 @@ class Gpu(Cpu):
                 node.target = laid.setdefault(node.target, _channels_last(node.target))
             elif node.target is aten.view.default:
                 node.target = aten.reshape.default
+
+    def finish(self, module: GraphModule) -> None:
+        """Sums with shortcuts go into the kernels before them."""
+        fuse_residuals(module)
 
     def offered(self, kernel: Kernel, layer: Layer, x: Tensor, anew: bool) -> Kernel | None:
         """Of a linear layer that of its kernels that is measured to be the fastest."""

@@ -43,7 +43,9 @@ def lower(module: nn.Module, given: Graph, placements: list[Placement]) -> Graph
     for node in given.nodes:
         if node in starts:
             place = starts[node]
-            env[place.nodes[-1]] = _call(root, graph, place.kernel, env[place.source])
+            last = place.nodes[-1]
+            env[last] = _call(root, graph, place.kernel, env[place.source])
+            env[last].meta = dict(last.meta)
         elif node.op == "get_attr":
             held = constants.held(module, node)
             env[node] = _constant(root, graph, held, str(node.target).replace(".", "_"))

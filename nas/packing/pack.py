@@ -132,6 +132,7 @@ def _network(
     lowered = _single_output(
         traced, lower(traced.module, traced.module.graph, _placements(choices, runs))
     )
+    devices.of(example[0]).finish(lowered)
     body, layout = fastest_layout(lowered, example)
     spec = None if traced.out_spec.is_leaf() else traced.out_spec
     layers, parts = describe(choices, runs)

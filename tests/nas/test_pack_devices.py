@@ -35,6 +35,7 @@ def us(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     us = {"few": 2.0, "many": 3.0, "dense": 4.0}
     monkeypatch.setattr(devices, "of", lambda _: replace(devices.GPU, kind="cpu"))
     monkeypatch.setattr("nas.packing.devices.kernels.tune", lambda *_: us)
+    monkeypatch.setattr(devices, "_of_a_convolution", lambda *_: "implicit")
     prefer(monkeypatch, lambda kernel: 4.0 if kernel.name == "dense" else 2.0)
     return us
 
@@ -67,7 +68,7 @@ def test_a_narrow_network_gives_what_its_module_gives(name: str, us: dict[str, f
     module = narrow(make())
     packed = pack(module, tuple(torch.randn(3, *shape).bfloat16() for shape in shapes))
     assert packed.notes == () and packed.runs == () and len(packed.layers) == layers
-    assert kernels_of(packed) <= {"sparse_linear[few]", "sparse_conv2d"}
+    assert kernels_of(packed) <= {"sparse_linear[few]", "sparse_conv2d[implicit]"}
     assert all(layer.limit_us is None for layer in packed.layers)
     assert_near(packed, module, *shapes)
     dense = pack(module, tuple(torch.randn(3, *s).bfloat16() for s in shapes), kernels="dense")
@@ -117,7 +118,7 @@ def test_sparse_and_dense_convolutions_are_saved_in_their_layout(
 ) -> None:
     module = nn.Sequential(nn.Conv2d(8, 8, 3).eval(), masked(nn.Conv2d(8, 8, 3))).bfloat16()
     packed = pack(module, torch.randn(2, 8, 7, 7).bfloat16())
-    assert [layer.kernel for layer in packed.layers] == ["dense", "sparse_conv2d"]
+    assert [layer.kernel for layer in packed.layers] == ["dense", "sparse_conv2d[implicit]"]
     save(packed, tmp_path)
     (weight,) = (t for t in load(tmp_path).body.state_dict().values() if t.dim() == 4)
     assert weight.is_contiguous(memory_format=torch.channels_last)

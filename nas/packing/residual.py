@@ -25,6 +25,10 @@ def fuse_residuals(module: GraphModule) -> None:
         module: lowered; its nodes hold what they give (`meta["val"]`), as `torch.export` found it.
     """
     for node in list(module.graph.nodes):
+        if node.target is aten.dropout.default and node.args[2] is False:  # gives its input
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
+    for node in list(module.graph.nodes):
         if node.target in _ADDS:
             _fuse(module, node)
     module.graph.lint()

@@ -56,7 +56,12 @@ def shortcut(graph: Graph, x: Node, data: Node) -> Node:
     return graph.call_function(aten.add_.Tensor, (first, second))
 
 
-@pytest.mark.parametrize(("make", "left"), [(block, 2), (shortcut, 2)])
+def dropped(graph: Graph, x: Node, data: Node) -> Node:
+    y = graph.call_function(aten.dropout.default, (product(graph, x, data), 0.5, False))
+    return graph.call_function(aten.add.Tensor, (x, y))
+
+
+@pytest.mark.parametrize(("make", "left"), [(block, 2), (shortcut, 2), (dropped, 1)])
 def test_a_sum_goes_into_its_product(make: Make, left: int) -> None:
     module = made(make)
     before: Tensor = module(X.clone())

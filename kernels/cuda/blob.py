@@ -19,7 +19,14 @@ DENSE, BLOCKS, ENTRIES, CHANNEL = 0, 1, 2, 3
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SIZES = (128, 64, 32, 16)  # rows or columns of a block
 LARGE = 2**24  # weights from which a 2:4 product was faster than dense
-UNPACKED = {16: 0.05, 32: 0.1, 64: 0.28, 128: 0.36}  # kept, from which it is held unpacked too
+# Kept in blocks of so many rows, up to which they were faster than dense, by bytes of a value: of up
+# to MANY tokens or pixels, and of more. Where more is kept than the first, dense may be faster, and
+# the weight is held unpacked too.
+MANY = 1024
+PAYS = {
+    2: {16: (0.03, 0.07), 32: (0.06, 0.28), 64: (0.18, 0.5), 128: (0.2, 0.7)},
+    4: {16: (0.05, 0.14), 32: (0.05, 0.2), 64: (0.05, 0.4), 128: (0.03, 0.4)},
+}
 Made = TypeVar("Made", Tensor, Tensor | None)
 _MAGIC = b"SNBLOCKS"
 _INTS = (
@@ -127,6 +134,11 @@ class Blocks:
     def in_blocks(self) -> bool:
         """Whether blocks are stored."""
         return not self.dense and not self.is_channel
+
+    def pays(self, tokens: int) -> bool:
+        """Whether blocks are faster than dense, by a rule of thumb; tokens or pixels."""
+        kept = self.values.numel() / max(1, self.rows * self.channels)
+        return kept <= PAYS[self.values.itemsize][self.block[0]][tokens > MANY]
 
     @property
     def is_channel(self) -> bool:
@@ -296,10 +308,9 @@ def _lengths(head: Any, form: Form) -> tuple[torch.dtype, list[int]]:
 
 def _whole(blocks: Blocks) -> Tensor | None:
     """See `Blocks.whole`."""
-    if blocks.is_channel:
-        return None
-    most = UNPACKED.get(blocks.block[0], 0.0) * blocks.rows * blocks.channels
-    return unpack(blocks) if blocks.dense or blocks.values.numel() > most else None
+    if blocks.in_blocks:
+        return None if blocks.pays(0) else unpack(blocks)
+    return blocks.values if blocks.dense else None
 
 
 def _form(head: Any) -> Form:

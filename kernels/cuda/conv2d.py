@@ -88,7 +88,9 @@ def chosen(
         return "linear"
     if blocks.is_channel:
         return "channel"
-    return "implicit" if blocks.in_blocks and linear.pays(blocks, prod(out) // out[1]) else "dense"
+    pixels = prod(out) // out[1]
+    pays = blocks.in_blocks and (blocks.whole is None or blocks.pays(pixels))
+    return "implicit" if pays else "dense"
 
 
 def name(

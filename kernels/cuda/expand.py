@@ -34,6 +34,12 @@ def takes(blocks: Blocks, x: Tensor) -> bool:
     return len(blocks.tiles) > 0 and len(x) <= MOST_TOKENS and available(x.device.index)
 
 
+def pays(blocks: Blocks, x: Tensor) -> bool:
+    """Whether it was faster than dense, by a rule of thumb."""
+    kept = len(blocks.kept) / (blocks.rows * blocks.channels)
+    return kept <= (0.22 if len(x) <= 16 else 0.15)
+
+
 def plan(blocks: Blocks, x: Tensor) -> Plan:
     """As many rows a thread block as leave enough of them: each reads all of x."""
     tiles, wide = blocks.rows // 16, len(x) > 16
@@ -43,13 +49,13 @@ def plan(blocks: Blocks, x: Tensor) -> Plan:
     warps = 8 if wide and tiles > 256 else 16
     fit = [Plan(t, warps, ahead) for t in ((2,) if wide else (4,)) if tiles % t == 0]
     enough = [how for how in fit if tiles // how.tiles >= _PROGRAMS]
-    enough = [how for how in enough if _shared(how, _width(len(x))) <= room]
+    enough = [how for how in enough if _shared(how, _width(blocks, len(x))) <= room]
     return enough[0] if enough else Plan(1, warps, ahead)
 
 
-def _width(tokens: int) -> int:
-    """Products of eight tokens."""
-    return 1 if tokens <= 8 else 2 if tokens <= 16 else 4
+def _width(blocks: Blocks, tokens: int) -> int:
+    """Products of eight tokens: one alone was slower where thread blocks have few rows."""
+    return 4 if tokens > 16 else 2 if tokens > 8 or blocks.rows <= 4096 else 1
 
 
 def _shared(how: Plan, width: int) -> int:
@@ -61,7 +67,7 @@ def linear(
     blocks: Blocks, x: Tensor, bias: Tensor | None, activation: int, how: Plan | None = None
 ) -> Tensor:
     """Gives y (tokens, rows) of x (tokens, channels), contiguous; bias float32."""
-    how, wide = how or plan(blocks, x), _width(len(x))
+    how, wide = how or plan(blocks, x), _width(blocks, len(x))
     y = x.new_empty(len(x), blocks.rows)
     narrow = ("BF16", int(x.dtype is torch.bfloat16))
     defines = (("MT", how.tiles), ("NT", wide), ("WARPS", how.warps), ("AHEAD", how.ahead), narrow)

@@ -10,9 +10,6 @@ from kernels.calls import activation_code
 from kernels.cuda import blob, entries, expand, few, table, two_of_four
 from kernels.reference import activate
 
-_MANY = 1024  # tokens, or pixels
-# kept in blocks of so many rows, up to which they are faster than dense: of fewer tokens, of more
-_PAYS = {16: (0.05, 0.07), 32: (0.1, 0.28), 64: (0.28, 0.5), 128: (0.36, 0.7)}
 KERNELS = ("few", "many", "entries", "expand", "two_of_four", "channel", "dense")
 
 
@@ -112,18 +109,12 @@ def chosen(blocks: blob.Blocks, tokens: Tensor) -> str:
     if blocks.dense:
         if entries.takes(blocks, tokens):
             return "entries"
-        if expand.takes(blocks, tokens):
+        if expand.takes(blocks, tokens) and expand.pays(blocks, tokens):
             return "expand"
         return "two_of_four" if two_of_four.takes(blocks, tokens) else "dense"
     if few.takes(blocks, tokens):
         return "few"
-    return "many" if pays(blocks, len(tokens)) else "dense"
-
-
-def pays(blocks: blob.Blocks, tokens: int) -> bool:
-    """Whether a weight in blocks is faster than a dense one, by a rule of thumb."""
-    kept = blocks.values.numel() / (blocks.rows * blocks.channels)
-    return blocks.whole is None or kept <= _PAYS[blocks.block[0]][tokens >= _MANY]
+    return "many" if blocks.whole is None or blocks.pays(len(tokens)) else "dense"
 
 
 def takes(kernel: str, blocks: blob.Blocks, x: Tensor) -> bool:

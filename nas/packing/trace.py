@@ -77,7 +77,8 @@ def at_least_two(example: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def _dynamic(example: tuple[Tensor, ...]) -> tuple[dict[int, torch.export.Dim] | None, ...]:
-    batch = torch.export.Dim("batch")
+    # of float32 on a GPU PyTorch's kernels want a guard; what is exported is not bound to it
+    batch = torch.export.Dim("batch", max=65535 if example[0].is_cuda else None)
     return tuple({0: batch} if carries else None for carries in batched(example))
 
 

@@ -184,6 +184,7 @@ def test_a_captured_step_is_the_step() -> None:
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")  # torch's own
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")  # torch's own, too
 def test_it_compiles_as_one_graph(mode: str) -> None:
     values, index = drawn((8, 8), (64, 64), 0.3, torch.bfloat16)
     net = kernels.BlockLinear(index, values, torch.randn(512, device="cuda").bfloat16())

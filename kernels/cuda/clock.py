@@ -63,9 +63,9 @@ def _captured(call: Call) -> torch.cuda.CUDAGraph | None:
         call()
         graph.capture_end()
     except Exception:  # whatever it is, the call by itself will say it, or run
-        with suppress(RuntimeError):
-            graph.capture_end()
-        torch.cuda.synchronize()
+        for end in (graph.capture_end, torch.cuda.synchronize):
+            with suppress(RuntimeError):
+                end()
         return None
     return graph
 

@@ -87,7 +87,7 @@ def load(folder: Path | str) -> PackedNetwork:
 
 
 def _device_of(body: GraphModule) -> str:
-    return next((tensor.device.type for tensor in body.state_dict().values()), "cpu")
+    return "cuda" if any(tensor.is_cuda for tensor in body.state_dict().values()) else "cpu"
 
 
 def _place(device: str, path: Path) -> str:

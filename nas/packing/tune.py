@@ -54,7 +54,7 @@ def choose(layer: Layer, x: Tensor, sparse: bool, anew: bool = False) -> Choice:
         sparse: whether its sparse kernel is tried, where its weight is worth it.
         anew: whether kernels are timed although they were, on this device for such a layer.
     """
-    dense = dense_kernel(layer)
+    dense = dense_kernel(layer, x.dim())
     if not sparse or layer.sparsity < WORTH_PACKING:
         (us,), earlier = _timed(layer, [dense], x, anew)
         return Choice(layer, tuple(x.shape), dense, us, us, earlier=earlier)
@@ -76,7 +76,8 @@ def choose(layer: Layer, x: Tensor, sparse: bool, anew: bool = False) -> Choice:
 
 def as_dense(choice: Choice) -> Choice:
     """`choice` with the dense kernel instead."""
-    return replace(choice, kernel=dense_kernel(choice.layer), us=choice.dense_us)
+    dense = dense_kernel(choice.layer, len(choice.shape))
+    return replace(choice, kernel=dense, us=choice.dense_us)
 
 
 def _timed(

@@ -19,9 +19,9 @@ DENSE, BLOCKS, ENTRIES, CHANNEL = 0, 1, 2, 3
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SIZES = (128, 64, 32, 16)  # rows or columns of a block
 LARGE = 2**24  # weights from which a 2:4 product was faster than dense
-# Kept in blocks of so many rows, up to which they were faster than dense, by bytes of a value: of up
-# to MANY tokens or pixels, and of more. Where more is kept than the first, dense may be faster, and
-# the weight is held unpacked too.
+# Kept in blocks of so many rows, up to which they were faster than dense, by the bytes of a value:
+# of up to MANY tokens or pixels, and of more. Where more is kept than the first says, dense may be
+# faster, and the weight is held unpacked too.
 MANY = 1024
 PAYS = {
     2: {16: (0.03, 0.07), 32: (0.06, 0.28), 64: (0.18, 0.5), 128: (0.2, 0.7)},

@@ -2,6 +2,8 @@
 
 python scripts/bench_kernels.py --sparsity 0.2 0.4 0.6 0.8 0.9 0.95 --json FILE
 python scripts/draw_kernels.py FILE --out docs/pictures/kernels.png
+
+Of a GPU likewise (`--device cuda`); the rows of several files are drawn together.
 """
 
 from __future__ import annotations
@@ -19,38 +21,61 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 PATTERNS = ("unstructured", "4x1")
+TRAINING = ("weight gradient", "forward and backward")
 
 
 def main() -> None:
-    """Read the rows of a benchmark and draw one panel for each pattern."""
+    """Read the rows of benchmarks and draw them in panels."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    p.add_argument("file", type=Path, help="JSON of bench_kernels.py")
+    p.add_argument("files", type=Path, nargs="+", help="JSON of bench_kernels.py")
     p.add_argument("--out", type=Path, default=Path("kernels.png"))
     given = p.parse_args()
-    rows = [row for row in json.loads(given.file.read_text())["rows"] if row["ratio"]]
-    figure, axes = plt.subplots(1, len(PATTERNS), figsize=(11, 4.4), sharey=True)
-    for axis, pattern in zip(axes, PATTERNS, strict=True):
-        draw(axis, pattern, [row for row in rows if row["pattern"] == pattern])
+    found = [row for file in given.files for row in json.loads(file.read_text())["rows"]]
+    rows = [row for row in found if row["ratio"]]
+    panels = on_cpu(rows) if "class" in rows[0] else on_gpu(rows)
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.6), sharey=True)
+    for axis, (title, named) in zip(axes, panels.items(), strict=True):
+        draw(axis, title, named)
     axes[0].set_ylabel("times faster than PyTorch's fastest dense")
-    axes[-1].legend(fontsize=8, frameon=False, loc="upper left")
     figure.tight_layout()
     given.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(given.out, dpi=110)
 
 
-def draw(axis: Any, pattern: str, rows: Iterable[dict[str, Any]]) -> None:
-    """One line for each class: the geometric mean of its layers, against the share of zeros."""
-    found: dict[str, dict[float, list[float]]] = {}
+def on_cpu(rows: Iterable[dict[str, Any]]) -> dict[str, list[tuple[str, dict[str, Any]]]]:
+    """A panel for each pattern; its rows with the name of their line."""
+    return {p: [(row["class"], row) for row in rows if row["pattern"] == p] for p in PATTERNS}
+
+
+def on_gpu(rows: Iterable[dict[str, Any]]) -> dict[str, list[tuple[str, dict[str, Any]]]]:
+    """Few tokens, many tokens, and what else there is; the rows with the name of their line."""
+    panels: dict[str, list[tuple[str, dict[str, Any]]]] = {"few tokens": [], "many tokens": []}
+    panels["convolutions and training"] = []
     for row in rows:
-        found.setdefault(row["class"], {}).setdefault(row["sparsity"], []).append(row["ratio"])
+        shape, pattern = row["shape"], row["pattern"]
+        few = shape.startswith(("1 ", "16 "))
+        if row["operation"] != "linear":
+            name = row["operation"] if row["operation"] in TRAINING else shape
+            panels["convolutions and training"].append((f"{name}, {pattern}", row))
+        elif pattern != "2:4":
+            panels["few tokens" if few else "many tokens"].append((f"{shape}, {pattern}", row))
+    return panels
+
+
+def draw(axis: Any, title: str, rows: Iterable[tuple[str, dict[str, Any]]]) -> None:
+    """One line for each name: the geometric mean of its rows, against the share of zeros."""
+    found: dict[str, dict[float, list[float]]] = {}
+    for name, row in rows:
+        found.setdefault(name, {}).setdefault(row["sparsity"], []).append(row["ratio"])
     for name, by in found.items():
         zeros = sorted(by)
         axis.plot(zeros, [geometric_mean(by[z]) for z in zeros], marker="o", ms=3, label=name)
     axis.axhline(1, color="0.6", lw=0.8)
     axis.set_yscale("log", base=2)
     axis.yaxis.set_major_formatter("{x:g}")
-    axis.set_title(pattern, fontsize=10)
+    axis.set_title(title, fontsize=10)
     axis.set_xlabel("share of zeros")
+    axis.legend(fontsize=7, frameon=False, loc="upper left")
     axis.spines[["top", "right"]].set_visible(False)
 
 

@@ -4,6 +4,7 @@ import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,8 +33,47 @@ def define(
     if cuda is not None:
         FRAGMENT.impl(name, cuda, "CUDA")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"sparse_nas::{name}", fake, lib=FRAGMENT)
-    operator, _, overload = name.partition(".")
-    DIRECT[getattr(getattr(torch.ops.sparse_nas, operator), overload or "default")] = run
+    DIRECT[operator(name)] = run
+
+
+def operator(name: str) -> Callable[..., Tensor]:
+    """The operator of a name, perhaps with that of an overload behind a dot."""
+    packet, _, overload = name.partition(".")
+    found: Callable[..., Tensor]
+    found = getattr(getattr(torch.ops.sparse_nas, packet), overload or "default")
+    return found
+
+
+def autocast(name: str, device: str, dtype_of: Callable[..., torch.dtype]) -> None:
+    """Under autocast an operator's floating tensors, but float64, are cast to a dtype.
+
+    Args:
+        name: of the operator.
+        device: `cpu` or `cuda`.
+        dtype_of: gives that dtype for the operator's arguments.
+    """
+    off = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
+
+    def run(*given: Any, **rest: Any) -> Tensor:
+        dtype = dtype_of(*given)
+        with torch._C._ExcludeDispatchKeyGuard(off):
+            return operator(name)(*(_cast(part, dtype) for part in given), **rest)
+
+    FRAGMENT.impl(name, run, f"Autocast{device.upper()}")  # type: ignore[no-untyped-call]
+
+
+def _cast(part: Any, dtype: torch.dtype) -> Any:
+    floating = isinstance(part, Tensor) and part.is_floating_point()
+    return part.to(dtype) if floating and part.dtype is not torch.float64 else part
+
+
+def packed_dtype(x: Tensor, weight: Tensor, *rest: object) -> torch.dtype:
+    """The dtype of a weight that was packed on a GPU; of one that only stands for it, a guess."""
+    if type(weight) not in (Tensor, torch.nn.Parameter):  # of torch.compile
+        return torch.get_autocast_dtype("cuda")
+    from kernels.cuda import blob  # not at the top: nobody without a GPU needs it
+
+    return blob.read(weight).values.dtype
 
 
 def in_float32(run: Callable[..., Tensor], x: Tensor, *rest: object) -> Tensor:

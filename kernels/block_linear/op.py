@@ -186,24 +186,6 @@ def _ops() -> Any:
     return torch.ops.sparse_nas
 
 
-def _autocast(name: str, device: str) -> None:
-    """Under autocast x, values and bias are cast as those of `F.linear`, float64 not."""
-    key = getattr(torch._C.DispatchKey, f"Autocast{device.upper()}")
-    off = torch._C.DispatchKeySet(key)
-
-    def run(*given: Any) -> Tensor:
-        dtype = torch.get_autocast_dtype(device)
-        with torch._C._ExcludeDispatchKeyGuard(off):
-            return getattr(_ops(), name)(*(_cast(part, dtype) for part in given))
-
-    calls.FRAGMENT.impl(name, run, f"Autocast{device.upper()}")  # type: ignore[no-untyped-call]
-
-
-def _cast(part: Any, dtype: torch.dtype) -> Any:
-    floating = isinstance(part, Tensor) and part.is_floating_point()
-    return part.to(dtype) if floating and part.dtype is not torch.float64 else part
-
-
 def _define(
     schema: str, run: Any, fake: Any, save: Callable[..., None], backward: Callable[..., Any]
 ) -> None:
@@ -217,5 +199,5 @@ def _define(
 _define(FORWARD, _forward, _fake_forward, _save_forward, _forward_backward)
 _define(INPUT_GRAD, _input_grad, _fake_input_grad, _save_input_grad, _input_grad_backward)
 _define(WEIGHT_GRAD, _weight_grad, _fake_weight_grad, _save_weight_grad, _weight_grad_backward)
-_autocast("block_linear", "cpu")
-_autocast("block_linear", "cuda")
+for _device in ("cpu", "cuda"):  # as `F.linear`
+    calls.autocast("block_linear", _device, lambda *_, at=_device: torch.get_autocast_dtype(at))

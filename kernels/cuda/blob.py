@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from kernels.cuda.checks import check_index, rule
 from kernels.patterns import pattern_of
 
 VERSION = 2
@@ -188,13 +189,13 @@ def validate(data: Tensor, meta: dict[str, Any]) -> None:
     blocks = read(data)
     raw = data.cpu().numpy()
     found = _checksum(raw)
-    _rule(_head(raw)["crc"] == found, "checksum", f"{found:#010x}", _head(raw)["crc"])
+    rule(_head(raw)["crc"] == found, "checksum", f"{found:#010x}", _head(raw)["crc"])
     matrix = unpack(blocks)
     nonzeros = int(matrix.count_nonzero())
-    _rule(_head(raw)["nonzeros"] == nonzeros, "nonzeros", str(nonzeros), _head(raw)["nonzeros"])
+    rule(_head(raw)["nonzeros"] == nonzeros, "nonzeros", str(nonzeros), _head(raw)["nonzeros"])
     true = meta_of(data, pattern(matrix, blocks.form))
     for key in true.keys() | meta.keys():
-        _rule(meta.get(key) == true.get(key), f"meta {key}", repr(true.get(key)), meta.get(key))
+        rule(meta.get(key) == true.get(key), f"meta {key}", repr(true.get(key)), meta.get(key))
 
 
 def write(head: Any, parts: tuple[Tensor, ...]) -> Tensor:
@@ -238,31 +239,26 @@ def _checksum(raw: npt.NDArray[np.uint8]) -> int:
     return zlib.crc32(raw[_SPACE:].data)
 
 
-def _rule(holds: bool, thing: str, rule: str, value: object) -> None:
-    if not holds:
-        raise ValueError(f"packed weight: {thing} must be {rule}, got {value}")
-
-
 def _head(raw: npt.NDArray[np.uint8]) -> Any:
-    _rule(len(raw) >= _SPACE, "size", f"at least {_SPACE} bytes", len(raw))
+    rule(len(raw) >= _SPACE, "size", f"at least {_SPACE} bytes", len(raw))
     head = raw[: HEADER.itemsize].view(HEADER)[0]
     known = bytes(head["magic"]) == _MAGIC
-    _rule(known, "magic", f"{_MAGIC!r}, as packed from a weight on a GPU", bytes(head["magic"]))
-    _rule(head["version"] == VERSION, "format", str(VERSION), head["version"])
+    rule(known, "magic", f"{_MAGIC!r}, as packed from a weight on a GPU", bytes(head["magic"]))
+    rule(head["version"] == VERSION, "format", str(VERSION), head["version"])
     return head
 
 
 def _parse(data: Tensor) -> Blocks:
-    _rule(data.data_ptr() % 16 == 0, "data", "at a multiple of 16 bytes", data.data_ptr())
+    rule(data.data_ptr() % 16 == 0, "data", "at a multiple of 16 bytes", data.data_ptr())
     fits = data.dtype is torch.uint8 and data.dim() == 1 and data.is_contiguous()
-    _rule(fits, "data", "contiguous (n,) uint8", f"{tuple(data.shape)} {data.dtype}")
+    rule(fits, "data", "contiguous (n,) uint8", f"{tuple(data.shape)} {data.dtype}")
     head = _head(data[:_SPACE].cpu().numpy())
     form = _form(head)
     stored, lengths = _lengths(head, form)
     offsets, end = _offsets(lengths)
     found = [int(head[f"at_{name}"]) for name in _SECTIONS]
-    _rule(found == offsets, "sections", f"at {offsets}", found)
-    _rule(int(head["bytes"]) == end == len(data), "bytes", str(end), (head["bytes"], len(data)))
+    rule(found == offsets, "sections", f"at {offsets}", found)
+    rule(int(head["bytes"]) == end == len(data), "bytes", str(end), (head["bytes"], len(data)))
     parts = [data[o : o + n] for o, n in zip(offsets, lengths, strict=True)]
     starts, columns, tiles, kept = (parts[i].view(torch.int32) for i in (0, 1, 3, 4))
     rows, channels, height, width, count, _ = (int(head[name]) for name in _INTS[:6])
@@ -275,7 +271,7 @@ def _parse(data: Tensor) -> Blocks:
     semi = _two_of_four(values) if whole and form.taps == form.groups == 1 else None
     sizes = (form, rows, channels, (height, width))
     blocks = Blocks(*sizes, starts, columns, values, whole, tiles, kept, order, semi)
-    _check_index(blocks)
+    check_index(blocks)
     return replace(blocks, whole=_whole(blocks))
 
 
@@ -283,26 +279,26 @@ def _lengths(head: Any, form: Form) -> tuple[torch.dtype, list[int]]:
     """The dtype of values, and how many bytes the sections have."""
     rows, channels, height, width, count, _ = (int(head[name]) for name in _INTS[:6])
     dtype, kind, kept = (int(head[name]) for name in _INTS[6:9])
-    _rule(kind in (DENSE, BLOCKS, ENTRIES, CHANNEL), "kind", "0, 1, 2 or 3", kind)
-    _rule(dtype in DTYPES.values(), "dtype", "0, 1 or 2", dtype)
-    _rule(min(rows, channels, count, kept) >= 0, "shape", "non-negative", (rows, channels, count))
+    rule(kind in (DENSE, BLOCKS, ENTRIES, CHANNEL), "kind", "0, 1, 2 or 3", kind)
+    rule(dtype in DTYPES.values(), "dtype", "0, 1 or 2", dtype)
+    rule(min(rows, channels, count, kept) >= 0, "shape", "non-negative", (rows, channels, count))
     if kind == BLOCKS:
         within = channels // form.taps
         whole = {height, width} <= set(SIZES) and rows % height == 0 and within % width == 0
-        _rule(whole, "block", f"of {SIZES}, a divisor of {(rows, within)}", (height, width))
-        _rule(form.groups == 1, "groups of blocks", "1", form.groups)
+        rule(whole, "block", f"of {SIZES}, a divisor of {(rows, within)}", (height, width))
+        rule(form.groups == 1, "groups of blocks", "1", form.groups)
     else:
-        _rule((height, width) == (rows, channels), "block", "the whole", (height, width))
+        rule((height, width) == (rows, channels), "block", "the whole", (height, width))
     stored = next(known for known, number in DTYPES.items() if number == dtype)
-    _rule(kind != DENSE or count == 0, "entries", "none", count)
-    _rule(kind != ENTRIES or stored.itemsize == 2, "dtype of entries", "of 2 bytes", stored)
-    _rule(kind != ENTRIES or form.taps == form.groups == 1, "kernel of entries", "1x1", form)
-    _rule(kind != CHANNEL or form.groups == 1, "groups of a channel pattern", "1", form.groups)
+    rule(kind != DENSE or count == 0, "entries", "none", count)
+    rule(kind != ENTRIES or stored.itemsize == 2, "dtype of entries", "of 2 bytes", stored)
+    rule(kind != ENTRIES or form.taps == form.groups == 1, "kernel of entries", "1x1", form)
+    rule(kind != CHANNEL or form.groups == 1, "groups of a channel pattern", "1", form.groups)
     lines = {DENSE: 0, CHANNEL: 0, ENTRIES: rows + 1}.get(kind, rows // max(1, height) + 1)
     size = {BLOCKS: count * height * width, CHANNEL: count * channels}.get(kind, rows * channels)
     tiled = kind == ENTRIES and rows % 16 == 0 and channels % 32 == 0
     tiles = rows * channels // 512 if tiled else 0
-    _rule(tiled or kept == 0, "kept", "none", kept)
+    rule(tiled or kept == 0, "kept", "none", kept)
     return stored, [4 * lines, 4 * count, size * stored.itemsize, 4 * (tiles + tiled), 4 * kept]
 
 
@@ -315,15 +311,15 @@ def _whole(blocks: Blocks) -> Tensor | None:
 
 def _form(head: Any) -> Form:
     operation, *kernel, groups, spare = (int(head[name]) for name in _INTS[9:])
-    _rule(spare == 0, "spare", "0", spare)
-    _rule(operation in (LINEAR, CONV2D), "operation", "1 or 2", operation)
+    rule(spare == 0, "spare", "0", spare)
+    rule(operation in (LINEAR, CONV2D), "operation", "1 or 2", operation)
     form = Form(operation, (kernel[0], kernel[1]), groups)
     plain = operation == CONV2D or form == Form(LINEAR)
-    _rule(plain, "kernel and groups of a linear weight", "1", (*kernel, groups))
-    _rule(min(*kernel, groups) >= 1, "kernel and groups", "positive", (*kernel, groups))
+    rule(plain, "kernel and groups of a linear weight", "1", (*kernel, groups))
+    rule(min(*kernel, groups) >= 1, "kernel and groups", "positive", (*kernel, groups))
     rows, columns = int(head["rows"]), int(head["columns"])
     fits = rows % groups == 0 and columns % form.taps == 0
-    _rule(fits, "groups and kernel", f"divisors of {(rows, columns)}", (groups, *kernel))
+    rule(fits, "groups and kernel", f"divisors of {(rows, columns)}", (groups, *kernel))
     return form
 
 
@@ -340,39 +336,6 @@ def _two_of_four(weight: Tensor) -> Tensor | None:
     if not torch.backends.cusparselt.is_available() or int(four.sum(2).max()) > 2:
         return None
     return torch._cslt_compress(weight)
-
-
-def _check_index(blocks: Blocks) -> None:
-    if blocks.is_channel:
-        rows = blocks.order
-        inside = bool(((rows >= 0) & (rows < blocks.rows)).all() & (rows.diff() > 0).all())
-        _rule(inside, "rows", f"ascending in [0, {blocks.rows})", "others")
-    if not len(blocks.starts):
-        return
-    if blocks.has_entries:
-        width, every, column = blocks.channels, 4, blocks.columns & 0xFFFF
-    else:
-        width, every, column = blocks.channels // blocks.block[1], 1, blocks.columns
-    _check_starts("starts", blocks.starts, len(column), every)
-    inside = bool(((column >= 0) & (column < width)).all())
-    _rule(inside, "columns", f"in [0, {width})", "others")
-    if not blocks.has_entries:
-        counts = blocks.starts.diff()
-        row = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
-        ascending = bool(((column.diff() > 0) | (row.diff() > 0)).all())
-        _rule(ascending, "columns", "ascending in each row", "others")
-    if len(blocks.tiles):
-        _check_starts("tiles", blocks.tiles, len(blocks.kept), 1)
-        place = blocks.kept & 0xFFFF
-        inside = bool(((place < 1024) & (place % 2 == 0)).all())
-        _rule(inside, "places", "even and less than 1024", "others")
-
-
-def _check_starts(name: str, starts: Tensor, count: int, every: int) -> None:
-    steps = starts.long().diff()  # of 32 bits a difference may wrap around
-    ascending = (starts[0] == 0) & (starts[-1] == count) & (steps >= 0).all()
-    whole = bool(ascending & (starts % every == 0).all())
-    _rule(whole, name, f"ascending from 0 to {count} by multiples of {every}", starts.tolist()[:4])
 
 
 def pattern(matrix: Tensor, form: Form) -> str:

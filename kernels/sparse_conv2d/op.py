@@ -164,3 +164,5 @@ def _parted(walk: tuple[Any, ...], rest: dict[str, Any]) -> tuple[tuple[Any, ...
 
 calls.define(SCHEMA, _run, _fake, _run_cuda)
 calls.define(ADDED, _added, _added_fake, _added_cuda)
+for _name in ("sparse_conv2d", "sparse_conv2d.residual"):
+    calls.autocast(_name, "cuda", calls.packed_dtype)

@@ -135,3 +135,5 @@ def _added_cuda(
 
 calls.define(SCHEMA, _run, _fake, _run_cuda)
 calls.define(ADDED, _added, _added_fake, _added_cuda)
+for _name in ("sparse_linear", "sparse_linear.residual"):
+    calls.autocast(_name, "cuda", calls.packed_dtype)

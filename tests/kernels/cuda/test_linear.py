@@ -221,3 +221,15 @@ def test_a_residual_is_added_before_the_activation(block: tuple[int, int], token
     assert (y.double() - true.relu()).norm() <= BOUND[torch.float16] * true.norm()
     with pytest.raises(ValueError, match=r"residual must be torch\.float16"):
         torch.ops.sparse_nas.sparse_linear.residual(x, rest[0], bias, residual[:1], 256)
+
+
+def test_autocast_gives_x_the_dtype_of_the_weight() -> None:
+    weight, x = masked(64, 64, (16, 32), 0.4, torch.float16), torch.randn(9, 64, device="cuda")
+    data = kernels.pack_linear(weight).data
+    with pytest.raises(ValueError, match=r"x must be torch\.float16"):
+        linear(x, data, None, 64)
+    with torch.autocast("cuda", torch.bfloat16):
+        y = linear(x, data, torch.ones(64, device="cuda"), 64, activation="relu")
+        again = torch.ops.sparse_nas.sparse_linear.residual(x, data, None, y, 64)
+    assert y.dtype is again.dtype is torch.float16
+    assert torch.equal(y, linear(x.half(), data, torch.ones(64, device="cuda").half(), 64, "relu"))

@@ -1,0 +1,51 @@
+"""Checks of a weight packed for a GPU: no kernel sees an index that points elsewhere."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from kernels.cuda.blob import Blocks
+
+
+def rule(holds: bool, thing: str, law: str, value: object) -> None:
+    """Raises ValueError where something does not hold: the thing, the rule and the value."""
+    if not holds:
+        raise ValueError(f"packed weight: {thing} must be {law}, got {value}")
+
+
+def check_index(blocks: Blocks) -> None:
+    """Checks where rows and tiles start, and every column and place; waits for the device."""
+    if blocks.is_channel:
+        rows = blocks.order
+        inside = bool(((rows >= 0) & (rows < blocks.rows)).all() & (rows.diff() > 0).all())
+        rule(inside, "rows", f"ascending in [0, {blocks.rows})", "others")
+    if not len(blocks.starts):
+        return
+    if blocks.has_entries:
+        width, every, column = blocks.channels, 4, blocks.columns & 0xFFFF
+    else:
+        width, every, column = blocks.channels // blocks.block[1], 1, blocks.columns
+    _check_starts("starts", blocks.starts, len(column), every)
+    inside = bool(((column >= 0) & (column < width)).all())
+    rule(inside, "columns", f"in [0, {width})", "others")
+    if not blocks.has_entries:
+        counts = blocks.starts.diff()
+        row = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+        ascending = bool(((column.diff() > 0) | (row.diff() > 0)).all())
+        rule(ascending, "columns", "ascending in each row", "others")
+    if len(blocks.tiles):
+        _check_starts("tiles", blocks.tiles, len(blocks.kept), 1)
+        place = blocks.kept & 0xFFFF
+        inside = bool(((place < 1024) & (place % 2 == 0)).all())
+        rule(inside, "places", "even and less than 1024", "others")
+
+
+def _check_starts(name: str, starts: Tensor, count: int, every: int) -> None:
+    steps = starts.long().diff()  # of 32 bits a difference may wrap around
+    ascending = (starts[0] == 0) & (starts[-1] == count) & (steps >= 0).all()
+    whole = bool(ascending & (starts % every == 0).all())
+    rule(whole, name, f"ascending from 0 to {count} by multiples of {every}", starts.tolist()[:4])

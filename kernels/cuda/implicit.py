@@ -117,7 +117,7 @@ def conv2d(
             TensorDescriptor.from_tensor(flat, [block_rows, how.step]),
         )
         tile = [*how.box, block_rows]
-        added, to = (TensorDescriptor.from_tensor(t.permute(0, 2, 3, 1), tile) for t in (added, y))
+        added, to = (TensorDescriptor.from_tensor(_last(t), tile) for t in (added, y))
     _conv2d[(boxes * (blocks.rows // block_rows),)](
         *given, blocks.order, blocks.starts, blocks.columns,
         bias if bias is not None else blocks.starts, added, to,
@@ -140,6 +140,12 @@ def _by_stride(x: Tensor, stride: Pair) -> Tensor:
     images, channels, height, width = x.shape
     down, across = height // stride[0], width // stride[1]
     return x.permute(0, 2, 3, 1).view(images, down, stride[0], across, stride[1] * channels)
+
+
+def _last(x: Tensor) -> Tensor:
+    """Channels-last x as (N, H, W, C); where a size is 1 its stride may have been anything."""
+    last = x.permute(0, 2, 3, 1)
+    return last.view(-1).view(last.shape)
 
 
 def _window(how: Plan) -> list[int]:

@@ -141,6 +141,8 @@ def _module(kernel: str) -> Any:
 def aligned(x: Tensor) -> Tensor:
     """Gives x contiguous and from a multiple of 16 bytes on, as the copy engine wants it."""
     x = x.contiguous()
+    if 1 in x.shape:  # where a size is 1 the stride may be anything
+        x = x.view(-1).view(x.shape)
     return x.clone() if x.data_ptr() % 16 else x
 
 

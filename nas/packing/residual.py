@@ -64,5 +64,18 @@ def _adds(product: Any, residual: Any, total: Node) -> bool:
     """Whether `product` is sparse, has no activation, and is read by this sum alone."""
     if product.target not in _PRODUCTS or product.args[-1] != "none":
         return False
-    shapes = [str(node.meta["val"].shape) for node in (product, residual) if "val" in node.meta]
-    return list(product.users) == [total] and len(set(shapes)) == 1 and len(shapes) == 2
+    values = [node.meta["val"] for node in (product, residual) if "val" in node.meta]
+    kinds = [(str(value.shape), value.dtype) for value in values]
+    alike = len(kinds) == 2 and kinds[0] == kinds[1]
+    return list(product.users) == [total] and alike and not _written_to(product, total)
+
+
+def _written_to(product: Node, total: Node) -> bool:
+    """Whether anything is written in place between them: `product` moves to where `total` is."""
+    node = product.next
+    while node is not total:
+        schema = getattr(node.target, "_schema", None)
+        if schema is not None and schema.is_mutable:
+            return True
+        node = node.next
+    return False

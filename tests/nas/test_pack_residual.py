@@ -95,7 +95,21 @@ def scaled(graph: Graph, x: Node, data: Node) -> Node:
     return graph.call_function(aten.add.Tensor, (product(graph, x, data), x), {"alpha": 2})
 
 
-@pytest.mark.parametrize("make", [activated, read_twice, broadcast, into_the_shortcut, scaled])
+def written_between(graph: Graph, x: Node, data: Node) -> Node:
+    copied = graph.call_function(aten.clone.default, (x,))
+    y = product(graph, copied, data)
+    low = graph.call_function(aten.relu_.default, (copied,))
+    return graph.call_function(aten.add.Tensor, (y, low))
+
+
+def wider(graph: Graph, x: Node, data: Node) -> Node:
+    wide = graph.call_function(aten._to_copy.default, (x,), {"dtype": torch.float64})
+    return graph.call_function(aten.add.Tensor, (product(graph, x, data), wide))
+
+
+@pytest.mark.parametrize(
+    "make", [activated, written_between, wider, read_twice, broadcast, into_the_shortcut, scaled]
+)
 def test_what_is_not_the_same_stays(make: Make) -> None:
     module = made(make)
     before = targets(module)

@@ -161,3 +161,12 @@ def test_a_residual_is_added_before_the_activation(block: tuple[int, int], walk:
     rest = (kernels.pack_conv2d(weight).data, bias, residual, 128, kernel, *walks, 1, "relu")
     y, true = torch.ops.sparse_nas.sparse_conv2d.residual(x, *rest), true + residual.double()
     assert (y.double() - true.relu()).norm() <= BOUND[torch.half] * true.norm()
+
+
+def test_a_residual_of_one_pixel() -> None:
+    weight = masked((64, 64, 3, 3), (64, 64), 0.15, torch.half)
+    x, residual = (torch.randn(5, 64, 1, 1, device="cuda").half() for _ in range(2))
+    rest = (kernels.pack_conv2d(weight).data, None, residual, 64, (3, 3), *WALKS[0][:3], 1)
+    y = torch.ops.sparse_nas.sparse_conv2d.residual(x, *rest)
+    true = F.conv2d(x.double(), weight.double(), None, 1, 1) + residual.double()
+    assert (y.double() - true).norm() <= BOUND[torch.half] * true.norm()

@@ -102,6 +102,8 @@ def test_odd_inputs() -> None:
     check(x.new_empty(0, 64), weight)
     check(torch.randn(64 * 9 + 1, device="cuda").half()[1:].view(9, 64), weight)
     check(torch.randn(7, 3, 64, device="cuda").half().transpose(0, 1), weight)
+    narrow = masked(64, 64, (16, 16), 0.03, torch.float16)  # of few columns: many.py
+    check(torch.randn(64, 1, device="cuda").half().t(), narrow)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

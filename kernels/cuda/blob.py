@@ -13,7 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from kernels.cuda.checks import check_index, rule
 from kernels.patterns import pattern_of
 
-VERSION = 2
+VERSION = 3
 LINEAR, CONV2D = 1, 2
 OPERATIONS = {LINEAR: "sparse_linear", CONV2D: "sparse_conv2d"}
 DENSE, BLOCKS, ENTRIES, CHANNEL = 0, 1, 2, 3
@@ -39,19 +39,20 @@ _INTS = (
     "nonzeros",
     "dtype",
     "kind",
-    "kept",
+    "words",
     "operation",
     "kernel_h",
     "kernel_w",
     "groups",
-    "spare",
+    "tile_rows",
 )
-_SECTIONS = ("starts", "columns", "values", "tiles", "kept")
+_SECTIONS = ("starts", "columns", "values", "tiles", "pairs")
 HEADER = np.dtype(
     [("magic", "S8"), ("version", "<i4"), ("crc", "<u4"), ("bytes", "<i8")]
     + [(name, "<i4") for name in _INTS]
     + [(f"at_{name}", "<i8") for name in _SECTIONS]
 )
+TILE, TILE_ROWS = 2048, (16, 32, 64)  # weights of a tile
 _SPACE = 128  # the header and what follows it; sections begin at multiples of this
 
 
@@ -100,14 +101,16 @@ class Blocks:
         values: (blocks, block rows, block columns), or (rows, channels) of a dense weight, or
             (rows kept, channels) of a channel pattern.
         dense: whether the whole weight is stored, perhaps with its entries.
-        tiles: (tiles + 1,) int32, or empty: where the entries begin of each tile of 16 rows and 32
-            columns, a row of tiles after another.
-        kept: (entries,) int32, those of all tiles: a place below, twice what `_tiles` counts, and
-            the bits of a value above.
+        tiles: (tiles + 1,) int32, or empty: where in `pairs` each tile of `TILE` weights begins,
+            in fours, a row of tiles after another.
+        pairs: (words,) int32, all tiles as expand.cu describes them: of each the pairs of
+            neighbours in a row that are not both zero.
+        tile_rows: of a tile, one of `TILE_ROWS`; 0 without tiles.
         order: (rows / block rows,) int32, rows of blocks, longest first, or int64 the rows that
             are kept of a channel pattern; made when read.
         two_of_four: the weight as cuSPARSELt wants it where two of every four along a row are kept
             at most and the whole is stored, or None; made when read.
+        room: bytes of the largest tile; found when read.
         whole: (rows, channels): `values` of a dense weight; of blocks what they unpack to, where
             so much is kept that PyTorch's product may be the fastest, or None; made when read.
     """
@@ -121,9 +124,11 @@ class Blocks:
     values: Tensor
     dense: bool
     tiles: Tensor
-    kept: Tensor
+    pairs: Tensor
+    tile_rows: int
     order: Tensor
     two_of_four: Tensor | None
+    room: int = 0
     whole: Tensor | None = None
 
     @property
@@ -260,7 +265,7 @@ def _parse(data: Tensor) -> Blocks:
     rule(found == offsets, "sections", f"at {offsets}", found)
     rule(int(head["bytes"]) == end == len(data), "bytes", str(end), (head["bytes"], len(data)))
     parts = [data[o : o + n] for o, n in zip(offsets, lengths, strict=True)]
-    starts, columns, tiles, kept = (parts[i].view(torch.int32) for i in (0, 1, 3, 4))
+    starts, columns, tiles, pairs = (parts[i].view(torch.int32) for i in (0, 1, 3, 4))
     rows, channels, height, width, count, _ = (int(head[name]) for name in _INTS[:6])
     kind = int(head["kind"])
     shapes = {BLOCKS: (count, height, width), CHANNEL: (count, channels)}
@@ -270,18 +275,20 @@ def _parse(data: Tensor) -> Blocks:
     whole = kind in (DENSE, ENTRIES)
     semi = _two_of_four(values) if whole and form.taps == form.groups == 1 else None
     sizes = (form, rows, channels, (height, width))
-    blocks = Blocks(*sizes, starts, columns, values, whole, tiles, kept, order, semi)
+    tiled = (tiles, pairs, int(head["tile_rows"]))
+    blocks = Blocks(*sizes, starts, columns, values, whole, *tiled, order, semi)
     check_index(blocks)
-    return replace(blocks, whole=_whole(blocks))
+    room = 16 * int(tiles.diff().max()) if len(tiles) else 0
+    return replace(blocks, whole=_whole(blocks), room=room)
 
 
 def _lengths(head: Any, form: Form) -> tuple[torch.dtype, list[int]]:
     """The dtype of values, and how many bytes the sections have."""
     rows, channels, height, width, count, _ = (int(head[name]) for name in _INTS[:6])
-    dtype, kind, kept = (int(head[name]) for name in _INTS[6:9])
+    dtype, kind, words = (int(head[name]) for name in _INTS[6:9])
     rule(kind in (DENSE, BLOCKS, ENTRIES, CHANNEL), "kind", "0, 1, 2 or 3", kind)
     rule(dtype in DTYPES.values(), "dtype", "0, 1 or 2", dtype)
-    rule(min(rows, channels, count, kept) >= 0, "shape", "non-negative", (rows, channels, count))
+    rule(min(rows, channels, count, words) >= 0, "shape", "non-negative", (rows, channels, count))
     if kind == BLOCKS:
         within = channels // form.taps
         whole = {height, width} <= set(SIZES) and rows % height == 0 and within % width == 0
@@ -296,10 +303,19 @@ def _lengths(head: Any, form: Form) -> tuple[torch.dtype, list[int]]:
     rule(kind != CHANNEL or form.groups == 1, "groups of a channel pattern", "1", form.groups)
     lines = {DENSE: 0, CHANNEL: 0, ENTRIES: rows + 1}.get(kind, rows // max(1, height) + 1)
     size = {BLOCKS: count * height * width, CHANNEL: count * channels}.get(kind, rows * channels)
-    tiled = kind == ENTRIES and rows % 16 == 0 and channels % 32 == 0
-    tiles = rows * channels // 512 if tiled else 0
-    rule(tiled or kept == 0, "kept", "none", kept)
-    return stored, [4 * lines, 4 * count, size * stored.itemsize, 4 * (tiles + tiled), 4 * kept]
+    tiles = _tiles(head, kind)
+    rule(tiles > 0 or words == 0, "words", "none", words)
+    return stored, [4 * lines, 4 * count, size * stored.itemsize, 4 * tiles, 4 * words]
+
+
+def _tiles(head: Any, kind: int) -> int:
+    """How many numbers say where tiles begin."""
+    high, channels = int(head["tile_rows"]), int(head["columns"])
+    tiled = kind == ENTRIES and channels % 8 == 0
+    rule(high in (TILE_ROWS if tiled else (0,)), "tile rows", f"one of {TILE_ROWS}, or 0", high)
+    if not tiled:
+        return 0
+    return -(-int(head["rows"]) // high) * -(-channels // (TILE // high)) + 1
 
 
 def _whole(blocks: Blocks) -> Tensor | None:
@@ -310,8 +326,7 @@ def _whole(blocks: Blocks) -> Tensor | None:
 
 
 def _form(head: Any) -> Form:
-    operation, *kernel, groups, spare = (int(head[name]) for name in _INTS[9:])
-    rule(spare == 0, "spare", "0", spare)
+    operation, *kernel, groups = (int(head[name]) for name in _INTS[9:13])
     rule(operation in (LINEAR, CONV2D), "operation", "1 or 2", operation)
     form = Form(operation, (kernel[0], kernel[1]), groups)
     plain = operation == CONV2D or form == Form(LINEAR)

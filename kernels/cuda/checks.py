@@ -38,10 +38,22 @@ def check_index(blocks: Blocks) -> None:
         ascending = bool(((column.diff() > 0) | (row.diff() > 0)).all())
         rule(ascending, "columns", "ascending in each row", "others")
     if len(blocks.tiles):
-        _check_starts("tiles", blocks.tiles, len(blocks.kept), 1)
-        place = blocks.kept & 0xFFFF
-        inside = bool(((place < 1024) & (place % 2 == 0)).all())
-        rule(inside, "places", "even and less than 1024", "others")
+        _check_tiles(blocks)
+
+
+def _check_tiles(blocks: Blocks) -> None:
+    """Checks that no lane reads beyond its tile."""
+    _check_starts("tiles", blocks.tiles, len(blocks.pairs) // 4, 1)
+    first, head = 4 * blocks.tiles[:-1].long(), torch.arange(48, device=blocks.tiles.device)
+    sizes = 4 * blocks.tiles.long().diff()
+    rule(bool((sizes >= len(head)).all()), "tiles", f"of at least {len(head)} words", "fewer")
+    words = blocks.pairs[first[:, None] + head]
+    bits = torch.arange(32, device=words.device)
+    counts = (words[:, :32, None] >> bits & 1).sum(2)
+    begins = torch.stack([words[:, 32:] & 0xFFFF, words[:, 32:] >> 16 & 0xFFFF], 2).flatten(1)
+    ends = counts.cumsum(1)
+    fits = bool((begins == ends - counts).all() & (ends[:, -1] <= sizes - len(head)).all())
+    rule(fits, "tiles", "lists of pairs, lane by lane", "others")
 
 
 def _check_starts(name: str, starts: Tensor, count: int, every: int) -> None:

@@ -76,7 +76,7 @@ DEVICE void add_warps(float (*part)[8 * NT][PITCH], const float (&sum)[MT][NT][4
   __syncthreads();
   for (int i = threadIdx.x; i < ROWS * 8 * NT; i += 32 * WARPS) {
     const int r = i % ROWS, t = i / ROWS;
-    if (first_token + t >= tokens) continue;
+    if (first_token + t >= tokens || row + r >= rows) continue;
     float total = bias ? bias[row + r] : 0.f;
 #pragma unroll
     for (int k = 0; k < WARPS; ++k) total += part[k][t][r];

@@ -1,4 +1,4 @@
-"""Sparse linear of one to four tokens, zeros anywhere, by entries.cu."""
+"""Sparse linear of one or two tokens, zeros anywhere, by entries.cu."""
 
 from dataclasses import dataclass
 
@@ -8,8 +8,8 @@ from torch import Tensor
 from kernels.cuda.blob import Blocks
 from kernels.cuda.driver import available, function, most_shared
 
-MOST_TOKENS = 4
-_BYTES = {1: 4, 2: 4, 4: 8}  # of a column of x in shared memory, by tokens
+MOST_TOKENS = 2
+_BYTES = 4  # of a column of x in shared memory
 
 
 @dataclass(frozen=True)
@@ -19,46 +19,35 @@ class Plan:
     Attributes:
         warps: of a thread block, each of which takes a row.
         loads: of four entries, that a lane asks for at once.
-        rounds: rows that a warp takes one after another, at least.
     """
 
     warps: int
     loads: int
-    rounds: int
 
 
 def takes(blocks: Blocks, x: Tensor) -> bool:
     """Whether this kernel computes it: there are entries, and x fits into shared memory."""
     if not blocks.has_entries or not 1 <= len(x) <= MOST_TOKENS or not available(x.device.index):
         return False
-    return blocks.channels * _BYTES[_width(len(x))] <= most_shared(x.device.index)
+    return blocks.channels * _BYTES <= most_shared(x.device.index)
 
 
-def plan(blocks: Blocks, tokens: int) -> Plan:
+def plan(blocks: Blocks) -> Plan:
     """What was fastest on an H100 for weights like this one."""
-    if tokens > 2:
-        return Plan(32, 2, 2) if blocks.rows > 4096 else Plan(32, 1, 1)
-    return Plan(32, 4 if blocks.rows <= 4096 else 2, 1)
+    return Plan(32, 4 if blocks.rows <= 4096 else 2)
 
 
 def linear(
     blocks: Blocks, x: Tensor, bias: Tensor | None, activation: int, how: Plan | None = None
 ) -> Tensor:
     """Gives y (tokens, rows) of x (tokens, channels), contiguous; bias float32."""
-    how, width = how or plan(blocks, len(x)), _width(len(x))
+    how = how or plan(blocks)
     y = x.new_empty(len(x), blocks.rows)
     narrow = ("BF16", int(x.dtype is torch.bfloat16))
-    defines = (("COUNT", width), ("WARPS", how.warps), ("U", how.loads), narrow)
+    defines = (("COUNT", len(x)), ("WARPS", how.warps), ("U", how.loads), narrow)
     kernel = function("entries.cu", "entries", x.device.index, defines, dynamic=True)
     tensors = (blocks.columns, blocks.starts, x, bias, y)
-    numbers = (len(x), blocks.channels, blocks.rows, activation)
-    grid, shared = (
-        (-(-blocks.rows // (how.warps * how.rounds)), 1),
-        blocks.channels * _BYTES[width],
-    )
-    kernel.launch(grid, 32 * how.warps, tensors, numbers, shared)
+    numbers = (blocks.channels, blocks.rows, activation)
+    grid = (-(-blocks.rows // how.warps), 1)
+    kernel.launch(grid, 32 * how.warps, tensors, numbers, blocks.channels * _BYTES)
     return y
-
-
-def _width(tokens: int) -> int:
-    return 1 if tokens == 1 else 2 if tokens == 2 else 4

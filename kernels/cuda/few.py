@@ -42,14 +42,19 @@ def takes(blocks: Blocks, x: Tensor) -> bool:
 
 
 def plan(blocks: Blocks, tokens: int) -> Plan:
-    """What was fastest on an H100 for weights like this one."""
+    """What was fastest on an H200 for weights like this one."""
     height, width = blocks.block
     mean = len(blocks.columns) * (width // 32) * height // blocks.rows  # chunks of a row
     wide, most = 8 if tokens <= 8 else 16 if tokens <= 16 else 32, 2 if height >= 32 else 1
-    most = 1 if wide > 16 else most  # sums of all warps lie in 48 KiB of shared memory
+    if tokens <= 8:
+        if blocks.rows <= 4096:
+            return Plan(1, wide, 8, 4)
+        return Plan(1, wide, 10, 2) if mean > 38 else Plan(most, wide, 16, 1)
+    if tokens <= 16:
+        return Plan(most, wide, 8, 3)
     if blocks.rows <= 4096:
-        return Plan(most, wide, 16, 2) if tokens > 8 and mean > 16 else Plan(1, wide, 8, 4)
-    return Plan(most, wide, 16, 1) if tokens <= 8 else Plan(1, wide, 8, 2)
+        return Plan(1, wide, 16, 2) if mean > 16 else Plan(1, wide, 8, 4)
+    return Plan(1, wide, 8, 2)
 
 
 def linear(

@@ -3,11 +3,14 @@
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from kernels.cuda import blob as b
 from kernels.packed import Packed
 
 WORTH = 0.7  # a weight of which more would be stored in blocks is kept dense
+_BLOCKS = 96  # rows of tiles at least, where there are rows enough
+_AT_ONCE = 2**26  # weights that are cut into tiles at once
 SPARSE = 0.35  # kept of a dense weight, up to which its entries are stored beside it
 
 
@@ -98,27 +101,28 @@ def _write(matrix: Tensor, form: b.Form) -> Tensor:
     rows, columns = matrix.shape
     rows_kept, block = _channel(matrix, form), _block(matrix, form)
     rows_kept = rows_kept if block is None else None  # blocks are written faster than rows
-    starts = places = tiles = kept = torch.zeros(0, dtype=torch.int32, device=matrix.device)
-    values, kind = matrix.contiguous(), b.DENSE if block is None else b.BLOCKS
+    starts = places = tiles = pairs = torch.zeros(0, dtype=torch.int32, device=matrix.device)
+    values, kind, high = matrix.contiguous(), b.DENSE if block is None else b.BLOCKS, 0
     if rows_kept is not None:
         places, values, kind = rows_kept.int(), matrix[rows_kept], b.CHANNEL
     elif block is None and _has_entries(matrix, form):
         (starts, places), kind = _entries(values), b.ENTRIES
-        if rows % 16 == 0 and columns % 32 == 0:
-            tiles, kept = _tiles(values)
+        if columns % 8 == 0:
+            high = _tile_rows(rows)
+            tiles, pairs = _tiles(values, high)
     elif block is not None:
         grid = _grid(matrix, *block)
         full = grid.ne(0).any(3).any(2)
         starts = torch.cat([starts.new_zeros(1), full.sum(1).cumsum(0).int()])
         places, values = full.nonzero()[:, 1].int(), grid[full].contiguous()
     head = np.zeros((), b.HEADER)
+    head["words"], head["tile_rows"] = len(pairs), high
     head["kind"], head["dtype"], head["operation"] = kind, b.DTYPES[matrix.dtype], form.operation
     head["kernel_h"], head["kernel_w"], head["groups"] = *form.kernel, form.groups
     head["rows"], head["columns"] = rows, columns
     head["block_rows"], head["block_columns"] = block or (rows, columns)
     head["blocks"], head["nonzeros"] = len(places), int(matrix.count_nonzero())
-    head["kept"] = len(kept)
-    return b.write(head, (starts, places, values, tiles, kept))
+    return b.write(head, (starts, places, values, tiles, pairs))
 
 
 def _has_entries(matrix: Tensor, form: b.Form) -> bool:
@@ -141,33 +145,50 @@ def _entries(weight: Tensor) -> tuple[Tensor, Tensor]:
     return starts.int(), held
 
 
-def _tiles(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Where tiles start, and their entries, in the order in which lanes of a warp multiply them.
+def _tile_rows(rows: int) -> int:
+    """Rows of a tile: as many as leave enough thread blocks, each of which reads all of x."""
+    return next((high for high in b.TILE_ROWS[::-1] if rows >= _BLOCKS * high), b.TILE_ROWS[0])
 
-    Lane l takes the eight columns from l % 4 * 8 on of row l / 4, then of the row eight further.
+
+def _tiles(weight: Tensor, high: int) -> tuple[Tensor, Tensor]:
+    """Where tiles of so many rows begin, in fours of words, and the words: see expand.cu."""
+    lines = max(1, _AT_ONCE // max(1, high * weight.shape[1])) * high
+    parts = [_words(part, high) for part in torch.split(weight, lines)]
+    sizes = torch.cat([size for size, _ in parts])
+    return torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]).int(), torch.cat([w for _, w in parts])
+
+
+def _words(weight: Tensor, high: int) -> tuple[Tensor, Tensor]:
+    """The sizes of tiles in fours of words, and their words."""
+    bits = _pairs(weight, high)
+    kept = bits.ne(0)
+    counts, lanes = kept.sum(2), torch.arange(32, device=weight.device)
+    masks, begins = (kept.long() << lanes).sum(2), counts.cumsum(1) - counts
+    head = torch.cat([masks, begins[:, 0::2] | begins[:, 1::2] << 16], 1)
+    sizes = (head.shape[1] + counts.sum(1) + 3) // 4
+    first = 4 * (sizes.cumsum(0) - sizes)
+    words = torch.zeros(4 * int(sizes.sum()), dtype=torch.int32, device=weight.device)
+    words[first[:, None] + torch.arange(head.shape[1], device=weight.device)] = _signed(head)
+    tile, lane, _ = kept.nonzero(as_tuple=True)
+    before = counts.flatten().cumsum(0) - counts.flatten()
+    turn = torch.arange(len(tile), device=weight.device) - before[32 * tile + lane]
+    words[first[tile] + head.shape[1] + begins[tile, lane] + turn] = bits[kept]
+    return sizes, words
+
+
+def _pairs(weight: Tensor, high: int) -> Tensor:
+    """Pairs of neighbours in a row as bits, (tiles, 32 lanes, 32): 0 where both are zero.
+
+    Lane l multiplies of each 16 rows and 32 columns the row l // 4 and the one eight further, of
+    each four pairs from column l % 4 * 8 on.
     """
-    rows, channels = weight.shape
-    tiles = (
-        weight.view(rows // 16, 2, 8, channels // 32, 32).permute(0, 3, 1, 2, 4).reshape(-1, 512)
-    )
-    tile, place = tiles.nonzero(as_tuple=True)
-    counts = torch.bincount(tile, minlength=len(tiles))
-    spread = _spread(tile, place)
-    tile, place = tile[spread], place[spread]
-    bits = tiles[tile, place].view(torch.int16).int()
-    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    return starts.int(), 2 * place.int() | (bits << 16)
+    wide, (rows, columns) = b.TILE // high, weight.shape
+    whole = F.pad(weight + 0, (0, -columns % wide, 0, -rows % high))  # -0 + 0 is 0
+    grid = whole.view(-(-rows // high), high // 16, 2, 8, -(-columns // wide), wide // 32, 4, 8)
+    lanes = grid.permute(0, 4, 3, 6, 1, 5, 2, 7).contiguous()
+    return lanes.view(torch.int16).view(torch.int32).view(-1, 32, 32)
 
 
-def _spread(tile: Tensor, place: Tensor) -> Tensor:
-    """An order in each tile in which neighbours go to different banks of shared memory.
-
-    A bank holds every 32nd pair of places; the first of every bank come before the second.
-    """
-    bank = place // 2 % 32
-    by_bank = (tile * 32 + bank).argsort(stable=True)
-    which = (tile * 32 + bank)[by_bank]
-    counts = torch.unique_consecutive(which, return_counts=True)[1]
-    begins = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
-    turn = torch.arange(len(which), device=which.device) - begins
-    return by_bank[((which // 32 * 16 + turn) * 32 + which % 32).argsort(stable=True)]
+def _signed(words: Tensor) -> Tensor:
+    """Numbers of 32 bits without a sign, int64, as those with one that have the same bits."""
+    return torch.where(words < 2**31, words, words - 2**32).int()

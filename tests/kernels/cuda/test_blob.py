@@ -92,26 +92,57 @@ def test_any_weight_comes_back(
     assert torch.equal(blob.unpack(blob.read(packed.data)), weight)
 
 
+def tiled(found: blob.Blocks) -> Tensor:
+    """What the tiles of a weight say, as one lane after another reads them."""
+    high, wide = found.tile_rows, blob.TILE // found.tile_rows
+    down, across = -(-found.rows // high), -(-found.channels // wide)
+    weight = torch.zeros(down * high, across * wide, dtype=found.values.dtype)
+    for tile in range(down * across):
+        top, left = tile // across * high, tile % across * wide
+        begin, end = (4 * int(found.tiles[tile + i]) for i in (0, 1))
+        words = found.pairs[begin:end]
+        begins = words[32:48].view(torch.int16).tolist()
+        for lane in range(32):
+            at = 48 + begins[lane]
+            for bit in range(32):
+                if int(words[lane]) >> bit & 1:
+                    step, half, pair = bit // 8, bit // 4 % 2, bit % 4
+                    row = top + step // (wide // 32) * 16 + half * 8 + lane // 4
+                    column = left + step % (wide // 32) * 32 + lane % 4 * 8 + 2 * pair
+                    weight[row, column : column + 2] = words[at : at + 1].view(weight.dtype)
+                    at += 1
+    return weight
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(32, 96), (33, 40), (48, 64)])
-def test_entries_and_tiles_are_the_weight(shape: tuple[int, int], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("shape", "high"), [((32, 96), 16), ((33, 40), 16), ((48, 128), 32), ((72, 72), 64)]
+)
+def test_entries_and_tiles_are_the_weight(
+    shape: tuple[int, int], high: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pack, "_BLOCKS", shape[0] // high)
+    monkeypatch.setattr(pack, "_AT_ONCE", 3000)  # in more than one go
     weight = masked(*shape, (1, 1), dtype)
     found, rows = blob.read(pack.pack_linear(weight).data), torch.zeros_like(weight)
-    assert found.has_entries
+    assert found.has_entries and found.tile_rows == high
     for row in range(shape[0]):
         column, value = decoded(found.columns[found.starts[row] : found.starts[row + 1]], dtype)
         assert len(column) % 4 == 0
         rows[row].index_add_(0, column, value)  # what fills up is zero
     assert torch.equal(rows, weight)
-    if shape[0] % 16 or shape[1] % 32:
-        assert len(found.tiles) == 0
-        return
-    tiles = torch.zeros(shape[0] // 16, shape[1] // 32, 512, dtype=dtype)
-    for tile, (begin, end) in enumerate(zip(found.tiles, found.tiles[1:], strict=False)):
-        place, value = decoded(found.kept[begin:end], dtype)
-        tiles.view(-1, 512)[tile, place // 2] = value
-    rows = tiles.view(shape[0] // 16, -1, 16, 32).transpose(1, 2)
-    assert torch.equal(rows.reshape(shape), weight)
+    whole = tiled(found)
+    assert torch.equal(whole[: shape[0], : shape[1]], weight)
+    assert whole.count_nonzero() == weight.count_nonzero()
+    assert found.room == 16 * int(found.tiles.diff().max())
+    assert len(found.pairs) < 48 * (len(found.tiles) - 1) + weight.count_nonzero() + 4 * len(
+        found.tiles
+    )
+
+
+def test_there_are_no_tiles_where_tokens_are_not_aligned() -> None:
+    found = blob.read(pack.pack_linear(masked(32, 36, (1, 1), torch.float16)).data)
+    assert found.has_entries and len(found.tiles) == len(found.pairs) == found.room == 0
 
 
 @pytest.mark.parametrize("block", [(1, 1), (16, 32)])
@@ -136,8 +167,8 @@ def test_spoiled_bytes_are_refused(place: int, value: int, block: tuple[int, int
         ((1, 1), "starts", 4, "starts must be ascending from 0"),
         ((1, 1), "columns", 96, r"columns must be in \[0, 96\)"),
         ((1, 1), "tiles", 1, "tiles must be ascending from 0"),
-        ((1, 1), "kept", 1024, "places must be even and less than 1024"),
-        ((1, 1), "kept", 3, "places must be even and less than 1024"),
+        ((1, 1), "pairs", -1, "tiles must be lists of pairs, lane by lane"),
+        ((1, 1), "pairs", 0, "tiles must be lists of pairs, lane by lane"),
     ],
 )
 def test_a_kernel_never_sees_a_forged_index(

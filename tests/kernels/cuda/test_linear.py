@@ -159,14 +159,14 @@ def test_what_has_no_blocks_stays_dense(shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_a_weight_comes_back_and_moves(block: tuple[int, int]) -> None:
-    weight = masked(256, 256, block, 0.3, torch.bfloat16)
+    weight = masked(512, 512, block, 0.3, torch.bfloat16)
     packed = kernels.pack_linear(weight)
     assert packed.meta["block"] == f"{block[0]}x{block[1]}"
     assert torch.equal(kernels.dense(packed), weight)
     moved = packed.data.cpu().to("cuda")
     kernels.validate(moved, packed.meta)
-    x = torch.randn(3, 256, device="cuda").bfloat16()
-    assert torch.equal(linear(x, moved, None, 256), linear(x, packed.data, None, 256))
+    x = torch.randn(3, 512, device="cuda").bfloat16()
+    assert torch.equal(linear(x, moved, None, 512), linear(x, packed.data, None, 512))
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")  # torch's own

@@ -130,7 +130,7 @@ def check_tensors(name: str, x: Tensor, blob: Tensor, bias: Tensor | None, rows:
     if bias.dtype is not torch.float32 or bias.shape != (rows,) or not bias.is_contiguous():
         raise ValueError(
             f"{name}: bias must be contiguous float32 ({rows},), "
-            f"got {bias.dtype} {tuple(bias.shape)}"
+            f"got {bias.dtype} {tuple(bias.shape)} strides {bias.stride()}"
         )
 
 

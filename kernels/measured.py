@@ -13,6 +13,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -141,6 +142,9 @@ def _made_by(device: str) -> dict[str, Any]:
     except PackageNotFoundError:  # run from its folder
         own = ""
     versions = {"torch": torch.__version__, "sparse-nas": own, "kernels": _sources()}
+    if "CUDA" in device:
+        with suppress(PackageNotFoundError):
+            versions["triton"] = version("triton")
     return {"format": FORMAT, "device": device, "versions": versions}
 
 

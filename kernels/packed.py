@@ -1,5 +1,6 @@
 """Weights packed for the sparse kernels: one contiguous uint8 tensor beside plain JSON."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,30 +101,41 @@ def dense(packed: Packed) -> Tensor:
     return unpack(packed.data).to(_DTYPES[b.shape_of(packed.data.numpy()).dtype])
 
 
-def tune(packed: Packed, x: Tensor, anew: bool = False) -> dict[str, float]:
-    """Measures which GPU kernel is the fastest for a linear weight and as many tokens.
+def tune(
+    packed: Packed,
+    x: Tensor,
+    anew: bool = False,
+    *,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+) -> dict[str, float]:
+    """Measures which GPU kernel is the fastest for a weight and as many tokens, or such images.
 
     Every kernel that takes the case is checked against float64 first; what was measured is kept
     (`kernels.measured`), so that it is measured once for weights like this one. From then on
-    `sparse_linear` takes the fastest for numbers of tokens up to the next power of two.
+    `sparse_linear` takes the fastest for numbers of tokens up to the next power of two, and
+    `sparse_conv2d` for numbers of such images.
 
     Args:
-        packed: of a linear layer, on a GPU.
-        x: (..., in), with the weight's dtype.
+        packed: on a GPU.
+        x: (..., in), or (N, C, H, W) for a convolution; finite, with the weight's dtype.
         anew: whether to measure what was measured before.
+        stride: of a convolution, (height, width).
+        padding: likewise.
+        dilation: likewise.
 
     Returns:
         Microseconds of each kernel that is right; `dense` is PyTorch's product.
 
     Raises:
-        ValueError: the weight is not on a GPU, or x does not fit it or is empty.
+        ValueError: the weight is not on a GPU, or x does not fit it, is empty or not finite.
     """
-    if not packed.data.is_cuda or packed.meta["operation"] != "sparse_linear":
-        where = f"{packed.meta['operation']} on {packed.data.device}"
-        raise ValueError(f"tune: needs the weight of a sparse_linear on a GPU, got {where}")
+    if not packed.data.is_cuda:
+        raise ValueError(f"tune: needs a weight on a GPU, got one on {packed.data.device}")
     from kernels.cuda import tuning  # not at the top: nobody without a GPU needs it
 
-    return tuning.tune(packed.data, x, anew)
+    return tuning.tune(packed.data, x, anew, (tuple(stride), tuple(padding), tuple(dilation)))
 
 
 def unpack(data: Tensor) -> Tensor:

@@ -144,9 +144,12 @@ def profile(
         `whole_us`, `kernels_us`, `calls_us` (microseconds) and `share`, kernels over whole.
 
     Raises:
-        ValueError: where `packed` has no traced graph.
+        ValueError: where `packed` has no traced graph, or on a GPU, where a replayed graph has
+            no calls.
     """
     inputs = (example,) if isinstance(example, Tensor) else example
+    if inputs[0].is_cuda:
+        raise ValueError(f"profile: of a network on a CPU, got inputs on {inputs[0].device}")
     empty = packed.empty(inputs)
     calls = [lambda: packed(*inputs), lambda: packed(*empty)]
     with torch.inference_mode(), using_threads(threads), pinned(threads == 1), no_gc():

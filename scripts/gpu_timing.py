@@ -109,7 +109,8 @@ def measure(work: Work, on: Card) -> Row:
         return Row(*named)
     makes = {"ours": work.ours, "dense": work.dense, **work.peers}
     most = {name: work.calls if name in ("ours", "dense") else PEER_CALLS for name in makes}
-    turns = {n: turn for n, make in makes.items() if (turn := _turn(make, work, most[n]))}
+    like = work.ours(work.weight)()
+    turns = {n: turn for n, make in makes.items() if (turn := _turn(make, work, most[n], like))}
     times = us([turn[0] for turn in turns.values()])
     each = {n: t / len(turns[n][1]) for n, t in zip(turns, times, strict=True)}
     ours, dense = each.pop("ours"), each.pop("dense")
@@ -128,17 +129,25 @@ def measure(work: Work, on: Card) -> Row:
     )
 
 
-def _turn(make: Make, work: Work, most: int) -> Any:
-    """A graph of calls on copies of the weight in turn, and the calls; None: it refused."""
+def _turn(make: Make, work: Work, most: int, like: Any) -> Any:
+    """A graph of calls on copies of the weight in turn, and the calls; None: it has no time."""
     try:
         first = make(work.weight)
-        first()
+        if not _agree(first(), like):
+            raise ValueError("it gives another result")
         calls = [first, *(make(work.weight.clone()) for _ in range(min(work.calls, most) - 1))]
         return graph(calls), calls  # a graph reads the copies, so that they must live on
     except (RuntimeError, NotImplementedError, ValueError) as error:
         print(f"  left out: {str(error).splitlines()[0][:90]}")
         torch.cuda.synchronize()
         return None
+
+
+def _agree(found: Any, like: Any) -> bool:
+    """Whether results are the same, perhaps transposed; several at once are not compared."""
+    if not isinstance(found, Tensor) or not isinstance(like, Tensor):
+        return True
+    return close(found.t() if found.shape != like.shape else found, like.double())
 
 
 def rotated(weight: Tensor) -> int:

@@ -139,7 +139,7 @@ class Conv2d:
             f"{self.block}x{self.block}",
             self.sparsity,
             close(y[:8], true),
-            conv2d.name(blob.read(packed.data), x, tuple(y.shape), *walk),
+            conv2d.name(blob.read(packed.data), x, tuple(y.shape), (*walk, (1, 1))),
             weight,
             PIXELS,
             ours,

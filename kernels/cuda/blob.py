@@ -2,7 +2,7 @@
 
 import zlib
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from kernels.cuda.checks import check_index, rule
+from kernels.cuda.driver import has_triton
 from kernels.patterns import pattern_of
 
 VERSION = 3
@@ -28,7 +29,6 @@ PAYS = {
     2: {16: (0.03, 0.07), 32: (0.06, 0.28), 64: (0.18, 0.5), 128: (0.2, 0.7)},
     4: {16: (0.05, 0.14), 32: (0.05, 0.2), 64: (0.05, 0.4), 128: (0.03, 0.4)},
 }
-Made = TypeVar("Made", Tensor, Tensor | None)
 _MAGIC = b"SNBLOCKS"
 _INTS = (
     "rows",
@@ -157,7 +157,8 @@ def read(data: Tensor) -> Blocks:
 
     The index is checked when a tensor is met for the first time or after it was written to; that
     waits for the device. Later calls find what was found then. Of an inference tensor it is not
-    seen that it was written to: load such a weight into a new one.
+    seen that it was written to: load such a weight into a new one. A graph that was captured
+    before needs one call like this, outside of it, once a weight was written to.
 
     Raises:
         ValueError: it is malformed, or was not packed for a GPU.
@@ -165,21 +166,39 @@ def read(data: Tensor) -> Blocks:
     held: tuple[tuple[int, int], Blocks, list[Tensor | None]] | None = _met.get(data)
     now = (0 if data.is_inference() else data._version, data.data_ptr())
     if held is None or held[0] != now:
-        blocks, replaced = _parse(data.detach()), list[Tensor | None]()
-        if held is not None:  # a captured graph may still read what was made of the old weight
-            replaced = [*held[2], held[1].two_of_four, held[1].whole]
-            blocks = replace(blocks, order=_over(held[1].order, blocks.order))
-            if not held[1].dense and not blocks.dense:
-                blocks = replace(blocks, whole=_over(held[1].whole, blocks.whole))
+        with torch.inference_mode(False), torch.no_grad():  # what is made outlives the mode
+            blocks, replaced = _parse(data.detach()), list[Tensor | None]()
+            if held is not None:
+                blocks, replaced = _over(held[1], blocks), held[2]
+                replaced += _left(held[1], blocks)
+        if data.is_cuda:  # another stream may use it next
+            torch.cuda.current_stream(data.device).synchronize()
         _met[data] = held = (now, blocks, replaced)
     return held[1]
 
 
-def _over(old: Made, new: Made) -> Made:
-    """What was made anew, in the place of what it replaces where it fits."""
-    if old is None or new is None or (old.shape, old.dtype) != (new.shape, new.dtype):
+def _over(old: Blocks, new: Blocks) -> Blocks:
+    """What was made anew, in the place of what it replaces where it fits: a graph may read it."""
+    made = {"order": _copied(old.order, new.order)}
+    made["two_of_four"] = _copied(old.two_of_four, new.two_of_four)
+    if not old.dense and not new.dense:
+        made["whole"] = _copied(old.whole, new.whole)
+    return replace(new, **made)
+
+
+def _copied(old: Tensor | None, new: Tensor | None) -> Any:
+    if old is None or new is None:
         return new
-    return old.copy_(new)
+    alike = (old.shape, old.dtype, old.device) == (new.shape, new.dtype, new.device)
+    return old.copy_(new) if alike else new
+
+
+def _left(old: Blocks, new: Blocks) -> list[Tensor | None]:
+    """What was made of the old weight and not written over, which a graph may still read."""
+    pairs = (
+        (getattr(old, name), getattr(new, name)) for name in ("order", "two_of_four", "whole")
+    )
+    return [before for before, now in pairs if before is not None and before is not now]
 
 
 _met: Any = WeakTensorKeyDictionary()
@@ -321,7 +340,7 @@ def _tiles(head: Any, kind: int) -> int:
 def _whole(blocks: Blocks) -> Tensor | None:
     """See `Blocks.whole`."""
     if blocks.in_blocks:
-        return None if blocks.pays(0) else unpack(blocks)
+        return None if blocks.pays(0) and has_triton() else unpack(blocks)
     return blocks.values if blocks.dense else None
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from kernels.block_linear import reference
 from kernels.block_linear.index import BlockIndex
 from kernels.cuda.blob import DTYPES, SIZES
-from kernels.cuda.linear import aligned, precision
+from kernels.cuda.linear import aligned
+from kernels.cuda.rounding import precision
 
 
 def forward(x: Tensor, values: Tensor, bias: Tensor | None, index: BlockIndex) -> Tensor:

@@ -1,5 +1,6 @@
 """How long calls take on a GPU: graphs that are replayed, between two events."""
 
+import logging
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 Call = Callable[[], Any]
+_log = logging.getLogger("kernels")
 _FLUSHED = 2**28  # bytes that are written so that nothing else is left in the caches
 
 
@@ -62,7 +64,8 @@ def _captured(call: Call) -> torch.cuda.CUDAGraph | None:
         graph.capture_begin(capture_error_mode="thread_local")
         call()
         graph.capture_end()
-    except Exception:  # whatever it is, the call by itself will say it, or run
+    except Exception as error:  # whatever it is, the call by itself will say it, or run
+        _log.warning("timed call by call, no graph captures it: %s", error)
         for end in (graph.capture_end, torch.cuda.synchronize):
             with suppress(RuntimeError):
                 end()
@@ -89,7 +92,8 @@ def _flush() -> None:
 
 @cache
 def _scratch(device: int) -> Tensor:
-    return torch.empty(_FLUSHED, dtype=torch.uint8, device=f"cuda:{device}")
+    with torch.inference_mode(False):  # it outlives the mode
+        return torch.empty(_FLUSHED, dtype=torch.uint8, device=f"cuda:{device}")
 
 
 @cache

@@ -1,6 +1,6 @@
 """`torch.ops.sparse_nas.sparse_conv2d` on a GPU: which kernel takes it."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from math import prod
 from typing import Any
 
@@ -9,8 +9,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.calls import activation_code, check_residual, geometry
-from kernels.cuda import blob, linear
+from kernels.cuda import blob, linear, table
+from kernels.cuda.driver import has_triton
 from kernels.reference import activate
+
+Walk = table.Walk
 
 
 def run(
@@ -34,78 +37,102 @@ def run(
         ValueError: the weight is malformed or does not fit, or an argument has another dtype,
             shape or device.
     """
-    code = activation_code("sparse_conv2d", activation)
-    blocks = blob.read(weight)
-    pairs = tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation)
-    out = geometry(x.shape, out_channels, *pairs, groups).out
-    _check(x, blocks, out_channels, pairs[0], groups)
+    activation_code("sparse_conv2d", activation)
+    blocks, kernel = blob.read(weight), tuple(kernel_size)
+    walk: Walk = tuple(stride), tuple(padding), tuple(dilation)
+    out = geometry(x.shape, out_channels, kernel, *walk, groups).out
+    _check(x, blocks, out_channels, kernel, groups)
     linear.check("sparse_conv2d", x, blocks, bias)
     if not out[0]:
         return _empty(x, out)
-    kernel = chosen(blocks, x, out, pairs[1], pairs[2])
-    last = x.contiguous(memory_format=torch.channels_last)
-    added = None
+    last, added = x.contiguous(memory_format=torch.channels_last), None
     if residual is not None:
         check_residual("sparse_conv2d", residual, x, out)
         added = residual.contiguous(memory_format=torch.channels_last)
-    if kernel == "linear":
-        flat = None if added is None else _pixels(added)
-        return _images(linear.product(blocks, _pixels(last), bias, activation, flat), out)
-    if kernel == "implicit":
-        return _implicit(blocks, last, bias, pairs[1:], out, code, added)
-    if added is None:
-        return _by_pytorch(kernel, blocks, last, bias, pairs[1:], activation)
-    y = _by_pytorch(kernel, blocks, last, bias, pairs[1:], "none")
+    if is_product(blocks, walk):
+        flat = None if added is None else pixels(added)
+        return _images(linear.product(blocks, pixels(last), bias, activation, flat), out)
+    way = chosen(blocks, last, out, walk)
+    if added is None or way == "implicit":
+        return compute(way, blocks, last, bias, walk, out, activation, added)
+    y = compute(way, blocks, last, bias, walk, out)
     return activate(y.add_(added), activation)
 
 
-def _by_pytorch(
-    kernel: str, blocks: blob.Blocks, x: Tensor, bias: Tensor | None, pairs: Any, activation: str
+def is_product(blocks: blob.Blocks, walk: Walk) -> bool:
+    """Whether it is but a product with each pixel: of `pixels`."""
+    stride, padding, _ = walk
+    plain = (blocks.form.kernel, blocks.form.groups) == ((1, 1), 1)
+    return plain and set(stride) == {1} and set(padding) == {0}
+
+
+def takers(blocks: blob.Blocks) -> list[str]:
+    """The ways that compute it where it is more than a product: ours, or PyTorch's."""
+    names = ["implicit"] * (blocks.in_blocks and has_triton()) + ["channel"] * blocks.is_channel
+    return names + ["dense"] * (blocks.whole is not None)
+
+
+def compute(
+    way: str,
+    blocks: blob.Blocks,
+    x: Tensor,
+    bias: Tensor | None,
+    walk: Walk,
+    out: tuple[int, ...],
+    activation: str = "none",
+    added: Tensor | None = None,
 ) -> Tensor:
+    """Gives y, channels last, of such an x by one of `takers`; only `implicit` adds something."""
+    if way == "implicit":
+        return _implicit(blocks, x, bias, walk, out, activation_code(way, activation), added)
     same = None if bias is None else bias.to(x.dtype)
-    if kernel == "channel":
+    if way == "channel":
         held = None if same is None else same[blocks.order]
-        y = F.conv2d(x, blocks.form.weight(blocks.values), held, *pairs)
-        flat = linear.spread(_pixels(activate(y, activation)), blocks, bias, activation)
+        y = F.conv2d(x, blocks.form.weight(blocks.values), held, *walk)
+        flat = linear.spread(pixels(activate(y, activation)), blocks, bias, activation)
         return _images(flat, (len(y), blocks.rows, *y.shape[2:]))
     assert blocks.whole is not None
-    stride, padding, dilation = pairs
-    held = blocks.form.weight(blocks.whole)
-    y = F.conv2d(x, held, same, stride, padding, dilation, blocks.form.groups)
+    y = F.conv2d(x, blocks.form.weight(blocks.whole), same, *walk, blocks.form.groups)
     return activate(y, activation).contiguous(memory_format=torch.channels_last)
 
 
-def chosen(
-    blocks: blob.Blocks,
-    x: Tensor,
-    out: tuple[int, ...],
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-) -> str:
-    """The way for x and `out` (N, C, H, W): `linear`, `implicit`, PyTorch's `dense`, `channel`."""
-    plain = (blocks.form.kernel, blocks.form.groups) == ((1, 1), 1)
-    if plain and set(stride) == {1} and set(padding) == {0}:
-        return "linear"
-    if blocks.is_channel:
-        return "channel"
-    pixels = prod(out) // out[1]
-    pays = blocks.in_blocks and (blocks.whole is None or blocks.pays(pixels))
-    return "implicit" if pays else "dense"
+def chosen(blocks: blob.Blocks, x: Tensor, out: tuple[int, ...], walk: Walk) -> str:
+    """The way for x and `out` (N, C, H, W) where it is more than a product: one of `takers`.
+
+    The fastest where it was measured (`kernels.tune`), else the one of a rule of thumb.
+    """
+    ways = takers(blocks)
+    case = lambda: table.conv2d_case(blocks, tuple(x.shape), walk)  # noqa: E731
+    measured = table.fastest(blocks, key(x, walk), case)
+    if measured in ways:
+        return measured
+    pays = len(ways) == 1 or blocks.pays(prod(out) // out[1])
+    return ways[0] if pays else ways[-1]
 
 
-def name(
-    blocks: blob.Blocks,
-    x: Tensor,
-    out: tuple[int, ...],
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-) -> str:
-    """What `chosen` says, of `linear` the kernel of its product."""
-    way = chosen(blocks, x, out, stride, padding)
-    return linear.chosen(blocks, linear.aligned(_pixels(x))) if way == "linear" else way
+def key(x: Tensor, walk: Walk) -> Hashable:
+    """What x (N, C, H, W) is looked up by in `kernels.cuda.table`."""
+    return (table.bucket(len(x)), *x.shape[1:], *walk)
 
 
-def _pixels(x: Tensor) -> Tensor:
+def name(blocks: blob.Blocks, x: Tensor, out: tuple[int, ...], walk: Walk) -> str:
+    """What `chosen` says, of a product the kernel of it."""
+    if is_product(blocks, walk):
+        return linear.chosen(blocks, linear.aligned(pixels(x)))
+    return chosen(blocks, x, out, walk)
+
+
+def shape_of(blocks: blob.Blocks, x: Tensor, walk: Walk) -> tuple[int, int, int, int]:
+    """The shape of the output (N, C, H, W).
+
+    Raises:
+        ValueError: see `kernels.calls.geometry`.
+    """
+    form = blocks.form
+    return geometry(tuple(x.shape), blocks.rows, form.kernel, *walk, form.groups).out
+
+
+def pixels(x: Tensor) -> Tensor:
     """Images (N, C, H, W) as pixels (N * H * W, C): no copy where channels lie last."""
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 

@@ -141,18 +141,36 @@ def most_shared(device: int) -> int:
 @cache
 def available(device: int) -> bool:
     """Whether CUDA C++ can be compiled for a device, which needs to be of 8.0 or newer."""
-    return torch.cuda.get_device_capability(device) >= (8, 0) and _why_not() == ""
+    major, minor = torch.cuda.get_device_capability(device)
+    return major >= 8 and _why_not(10 * major + minor) == ""
 
 
 @cache
-def _why_not() -> str:
+def has_triton() -> bool:
+    """Whether Triton, which torch for CUDA needs on Linux, is installed."""
+    return find_spec("triton") is not None
+
+
+@cache
+def _why_not(architecture: int) -> str:
     try:
-        _nvrtc()
+        known = _architectures(_nvrtc())
         _cuda()
+        if architecture not in known:
+            raise CompileError(f"NVRTC knows {known}, not {architecture}")
     except CompileError as error:
         logging.getLogger("kernels").warning("GPU kernels for few tokens run in Triton: %s", error)
         return str(error)
     return ""
+
+
+def _architectures(nvrtc: ctypes.CDLL) -> list[int]:
+    """For which GPUs NVRTC compiles, ten times their compute capability."""
+    count = ctypes.c_int()
+    nvrtc.nvrtcGetNumSupportedArchs(ctypes.byref(count))
+    found = (ctypes.c_int * count.value)()
+    nvrtc.nvrtcGetSupportedArchs(found)
+    return list(found)
 
 
 def image(source: str, target: str, defines: Mapping[str, int]) -> bytes:

@@ -11,7 +11,6 @@
 #include "common.cuh"
 
 constexpr int KT = 4 / MT, HEAD = 192;
-constexpr int BLOCKS = MT == 4 || NT == 4 ? 1 : 2;  // of a multiprocessor, so that registers suffice
 
 DEVICE void copy_if(bool real, u32 to, const void* from) {
   asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; @p cp.async.cg.shared.global [%0], [%1], 16; }" ::"r"(to),
@@ -21,7 +20,7 @@ DEVICE void copy_if(bool real, u32 to, const void* from) {
 DEVICE void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 DEVICE void wait_for_oldest() { asm volatile("cp.async.wait_group %0;" ::"n"(DEPTH - 2) : "memory"); }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
+extern "C" __global__ void __launch_bounds__(32 * WARPS)
 expand(const uint4* list, const int* starts, const u16* x, const float* bias, u16* y, int tokens, int channels, int rows,
        int room, int activation) {
   extern __shared__ uint4 memory[];

@@ -3,7 +3,7 @@
 // A thread block owns 16 * MT rows of the output; its warps share the columns, 32 at a time, and their sums are added
 // in the order of the warps: bit-equal in every run. Rows of w are the M of mma.m16n8k16, tokens the N. Within 32
 // columns the order of k is free, so each lane takes eight columns that lie together: one load of 16 bytes, of w and of
-// x. All of w is asked for before the wait for the kernel before this one, which writes x.
+// x. The first of w is asked for before the wait for the kernel before this one, which writes x.
 //
 // Given: MT, NT (tokens / 8), WARPS, U (chunks of 32 columns a warp asks for at once), BR, BC, BF16.
 

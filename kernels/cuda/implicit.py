@@ -17,8 +17,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.cuda.blob import Blocks
-from kernels.cuda.linear import precision
 from kernels.cuda.many import TYPES, after, early, finished, placed, weights
+from kernels.cuda.rounding import precision
 
 Pair = tuple[int, int]
 Box = tuple[int, int, int]

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from kernels.calls import activation_code
 from kernels.cuda import blob, entries, expand, few, table, two_of_four
+from kernels.cuda.driver import has_triton
 from kernels.reference import activate
 
 KERNELS = ("few", "many", "entries", "expand", "two_of_four", "channel", "dense")
@@ -35,7 +36,7 @@ def run(
     activation_code("sparse_linear", activation)
     check("sparse_linear", x, blocks, bias)
     tokens = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    added = None if residual is None else residual.reshape(-1, out_features)
+    added = None if residual is None else residual.reshape(len(tokens), out_features)
     return product(blocks, tokens, bias, activation, added).view(*x.shape[:-1], out_features)
 
 
@@ -65,9 +66,10 @@ def compute(
     kernel: str, blocks: blob.Blocks, x: Tensor, bias: Tensor | None, activation: str
 ) -> Tensor:
     """Gives y (tokens, rows) of x (tokens, channels), as `aligned` gives it, by this kernel."""
-    if kernel in ("dense", "two_of_four", "channel"):
-        return _by_pytorch(kernel, blocks, x, bias, activation)
-    with torch.cuda.device(x.device):
+    here: Any = torch.cuda.device_of
+    with here(x):
+        if kernel in ("dense", "two_of_four", "channel"):
+            return _by_pytorch(kernel, blocks, x, bias, activation)
         wide, code = None if bias is None else bias.float(), activation_code(kernel, activation)
         y: Tensor = _module(kernel).linear(blocks, x, wide, code)
         return y
@@ -101,7 +103,9 @@ def chosen(blocks: blob.Blocks, tokens: Tensor) -> str:
     That is the whole weight (`dense`, `two_of_four`) or the rows that are kept (`channel`). The
     fastest where it was measured (`kernels.tune`), else the one of a rule of thumb.
     """
-    measured = table.fastest(blocks, len(tokens))
+    count = len(tokens)
+    case = lambda: table.linear_case(blocks, count)  # noqa: E731
+    measured = table.fastest(blocks, table.bucket(count), case)
     if measured is not None and takes(measured, blocks, tokens):
         return measured
     if blocks.is_channel:
@@ -114,7 +118,8 @@ def chosen(blocks: blob.Blocks, tokens: Tensor) -> str:
         return "two_of_four" if two_of_four.takes(blocks, tokens) else "dense"
     if few.takes(blocks, tokens):
         return "few"
-    return "many" if blocks.whole is None or blocks.pays(len(tokens)) else "dense"
+    pays = blocks.whole is None or (has_triton() and blocks.pays(count))
+    return "many" if pays else "dense"
 
 
 def takes(kernel: str, blocks: blob.Blocks, x: Tensor) -> bool:
@@ -126,7 +131,7 @@ def takes(kernel: str, blocks: blob.Blocks, x: Tensor) -> bool:
     if kernel == "channel":
         return blocks.is_channel
     if kernel == "many":
-        return blocks.in_blocks
+        return blocks.in_blocks and has_triton()
     return kernel in KERNELS and _module(kernel).takes(blocks, x)
 
 
@@ -144,11 +149,6 @@ def aligned(x: Tensor) -> Tensor:
     if 1 in x.shape:  # where a size is 1 the stride may be anything
         x = x.view(-1).view(x.shape)
     return x.clone() if x.data_ptr() % 16 else x
-
-
-def precision() -> str:
-    """Of products in float32: what PyTorch's own matrix products on a GPU use."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def _mismatch(x: Tensor, blocks: blob.Blocks, out_features: int) -> str:
@@ -177,5 +177,6 @@ def check(name: str, x: Tensor, blocks: blob.Blocks, bias: Tensor | None) -> Non
     if not fits or bias.device != x.device or not bias.is_contiguous():
         raise ValueError(
             f"{name}: bias must be contiguous float32 or {stored} ({blocks.rows},) on "
-            f"{x.device}, got {bias.dtype} {tuple(bias.shape)} on {bias.device}"
+            f"{x.device}, got {bias.dtype} {tuple(bias.shape)} strides {bias.stride()} on "
+            f"{bias.device}"
         )

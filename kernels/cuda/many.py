@@ -12,7 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.block_linear.index import BlockIndex
 from kernels.cuda.blob import Blocks
-from kernels.cuda.linear import precision
+from kernels.cuda.rounding import precision
 
 
 @dataclass(frozen=True, eq=False)

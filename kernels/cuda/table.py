@@ -1,50 +1,59 @@
-"""Which kernel was measured to be the fastest for a packed weight, by the number of tokens."""
+"""Which kernel was measured to be the fastest for a packed weight and what it is applied to."""
 
-from collections.abc import MutableMapping
+from collections.abc import Callable, Hashable, MutableMapping
 from weakref import WeakKeyDictionary
+
+import torch
 
 from kernels import measured
 from kernels.cuda.blob import Blocks
+from kernels.cuda.rounding import narrowed
 
-_MOST = 24  # tokens as a power of two, up to which times are looked up
-_tables: MutableMapping[Blocks, dict[int, str]] = WeakKeyDictionary()
-
-
-def bucket(tokens: int) -> int:
-    """The power of two that numbers of tokens up to it share their times with."""
-    return 1 << max(0, tokens - 1).bit_length()
+Pair = tuple[int, ...]
+Walk = tuple[Pair, Pair, Pair]  # stride, padding and dilation of a convolution
+_tables: MutableMapping[Blocks, dict[Hashable, str]] = WeakKeyDictionary()
 
 
-def fastest(blocks: Blocks, tokens: int) -> str | None:
-    """The fastest kernel for so many tokens, or None where none was measured.
-
-    The first call for a weight reads what is known of weights like it; others do but look it up.
-    """
-    return of(blocks).get(bucket(tokens))
+def bucket(count: int) -> int:
+    """The power of two that numbers of tokens or images up to it share their times with."""
+    return 1 << max(0, count - 1).bit_length()
 
 
-def of(blocks: Blocks) -> dict[int, str]:
-    """The table of one weight: the fastest kernel by `bucket`; may be added to."""
-    found = _tables.get(blocks)
-    if found is None:
-        found = _tables[blocks] = _known(blocks)
-    return found
-
-
-def case(blocks: Blocks, tokens: int) -> str:
+def linear_case(blocks: Blocks, tokens: int) -> str:
     """The name in `kernels.measured` of the kernels for weights like this, and so many tokens."""
+    return " ".join([*_weight(blocks, False), "tokens", str(bucket(tokens))])
+
+
+def conv2d_case(blocks: Blocks, shape: tuple[int, ...], walk: Walk) -> str:
+    """The same for a convolution of x (N, C, H, W)."""
+    searched = "searched" if torch.backends.cudnn.benchmark else ""
+    words = ["kernel", blocks.form.kernel, "groups", blocks.form.groups, searched]
+    words += ["of", (bucket(shape[0]), *shape[1:]), "walked", walk]
+    return " ".join([*_weight(blocks, True), *(str(word) for word in words if word)])
+
+
+def fastest(blocks: Blocks, key: Hashable, case: Callable[[], str]) -> str | None:
+    """The fastest kernel of a case, or None where it was not measured.
+
+    The first call for a weight and a key reads what is known of the case; others look it up.
+    """
+    known = _tables.setdefault(blocks, {})
+    if key not in known:
+        us = measured.times(blocks.values.device).of(case())
+        known[key] = min(us, key=us.__getitem__) if us else ""
+    return known[key] or None
+
+
+def put(blocks: Blocks, key: Hashable, kernel: str) -> None:
+    """From now on this is the fastest one for a weight and a key."""
+    _tables.setdefault(blocks, {})[key] = kernel
+
+
+def _weight(blocks: Blocks, conv: bool) -> list[str]:
     dense, whole = blocks.dense, blocks.rows * blocks.channels
     kind = "x".join(map(str, (1, 1) if blocks.has_entries else blocks.block))
-    stored = len(blocks.columns) if dense else blocks.values.numel()
-    words = ["kernels of linear", f"{blocks.rows}x{blocks.channels}", blocks.values.dtype, kind]
-    words += ["kept", measured.share(stored, whole)]
-    words += ["2:4"] if blocks.two_of_four is not None else []
-    return " ".join(map(str, [*words, "tokens", bucket(tokens)]))
-
-
-def _known(blocks: Blocks) -> dict[int, str]:
-    times, found = measured.times(blocks.values.device), {}
-    for tokens in (1 << power for power in range(_MOST + 1)):
-        if us := times.of(case(blocks, tokens)):
-            found[tokens] = min(us, key=us.__getitem__)
-    return found
+    stored, dtype = len(blocks.columns) if dense else blocks.values.numel(), blocks.values.dtype
+    words = ["kernels of", "conv2d" if conv else "linear", f"{blocks.rows}x{blocks.channels}"]
+    words += [str(dtype), *(["tf32 of", narrowed(dtype, conv)] if narrowed(dtype, conv) else [])]
+    words += [kind, "kept", measured.share(stored, whole)]
+    return [*words, "2:4"] if blocks.two_of_four is not None else words

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import kernels
-from kernels.calls import geometry
 from kernels.reference import activate
 from nas.packing.layer import Kernel, Layer, aten, rounding_bound
 from nas.packing.residual import fuse_residuals
@@ -104,12 +103,13 @@ class Gpu(Cpu):
         fuse_residuals(module)
 
     def offered(self, kernel: Kernel, layer: Layer, x: Tensor, anew: bool) -> Kernel | None:
-        """Of a linear layer that of its kernels that is measured to be the fastest."""
+        """That of a layer's kernels that is measured to be the fastest."""
+        walk: dict[str, tuple[int, ...]] = {}
         if layer.conv is not None:
-            name = _of_a_convolution(layer, x)
-        else:
-            us = kernels.tune(layer.packed, x, anew)
-            name = min(us, key=us.__getitem__, default="dense")
+            conv = layer.conv
+            walk = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation}
+        us = kernels.tune(layer.packed, x, anew, **walk)
+        name = min(us, key=us.__getitem__, default="dense")
         return None if name == "dense" else replace(kernel, name=f"{kernel.name}[{name}]")
 
     def difference(self, layer: Layer, x: Tensor, result: Tensor) -> str:
@@ -132,17 +132,6 @@ CPU, GPU = Cpu(), Gpu()
 def of(tensor: Tensor) -> Cpu:
     """The kind of device that `tensor` is on."""
     return GPU if tensor.is_cuda else CPU
-
-
-def _of_a_convolution(layer: Layer, x: Tensor) -> str:
-    from kernels.cuda import blob, conv2d  # nobody without a GPU needs them
-
-    assert layer.conv is not None
-    blocks = blob.read(layer.packed.data)
-    conv, kernel = layer.conv, tuple(layer.weight.shape[2:])
-    shape = (tuple(x.shape), len(layer.weight), kernel)
-    out = geometry(*shape, conv.stride, conv.padding, conv.dilation, conv.groups).out
-    return conv2d.name(blocks, x, out, conv.stride, conv.padding)
 
 
 def _inputs(example: tuple[Tensor, ...]) -> Iterator[tuple[str, Tensor]]:

@@ -62,7 +62,7 @@ class PackedNetwork(nn.Module):
 
     Gives what the masked module gives in eval mode, within rounding, on any batch. Gradients are
     never recorded. On a GPU a call waits for nothing and can be captured into a graph, once it
-    was called with as large a batch.
+    was called with inputs of the same shapes: with others it may take other kernels.
 
     Attributes:
         body: the traced graph, lowered to kernels, or the copy whose layers were exchanged.

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import kernels
 from kernels.block_linear.index import BlockIndex, block_index, gather, scatter
 from kernels.cuda.blob import SIZES
-from kernels.cuda.linear import precision
+from kernels.cuda.rounding import precision
 
 pytestmark = [
     pytest.mark.gpu,

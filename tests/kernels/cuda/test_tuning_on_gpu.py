@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 import kernels
 from kernels import measured
-from kernels.cuda import blob, clock, linear, table
+from kernels.cuda import blob, clock, conv2d, linear, table
+from kernels.cuda.rounding import bound
 
 pytestmark = [
     pytest.mark.gpu,
@@ -48,9 +49,31 @@ def test_every_kernel_that_takes_a_case_is_right_and_the_fastest_is_chosen(
     assert linear.chosen(blocks, x) == min(us, key=us.__getitem__)
     assert_right(x, packed, weight)
     for name in us:  # whichever is chosen, it is right
-        table.of(blocks)[table.bucket(tokens)] = name
+        table.put(blocks, table.bucket(tokens), name)
         assert linear.chosen(blocks, x) == name
         assert_right(x, packed, weight)
+
+
+@pytest.mark.parametrize("dtype", BOUND)
+@pytest.mark.parametrize(("kernel", "share"), [(3, 0.1), (3, 0.6), (1, 0.1)])
+def test_a_convolution_is_tuned(kernel: int, share: float, dtype: torch.dtype) -> None:
+    flat = masked(256, 64, share, dtype)
+    weight = flat.view(256, 256, 1, 1).repeat(1, 1, kernel, kernel) / kernel
+    packed, walk = kernels.pack_conv2d(weight), ((1, 1), (kernel // 2,) * 2, (1, 1))
+    x = torch.randn(5, 256, 14, 14, device="cuda").to(dtype)
+    us = kernels.tune(packed, x, stride=walk[0], padding=walk[1], dilation=walk[2])
+    blocks = blob.read(packed.data)
+    assert us.keys() == (set(conv2d.takers(blocks)) if kernel > 1 else us.keys()) and us
+    out = conv2d.shape_of(blocks, x, walk)
+    assert conv2d.name(blocks, x, out, walk) == min(us, key=us.__getitem__)
+    true = F.conv2d(x.double(), weight.double(), None, *walk)
+    for name in us if kernel > 1 else ():
+        table.put(blocks, conv2d.key(x, walk), name)
+        assert conv2d.chosen(blocks, x, out, walk) == name
+        y = torch.ops.sparse_nas.sparse_conv2d(
+            x, packed.data, None, 256, (kernel, kernel), *walk, 1
+        )
+        assert (y.double() - true).norm() <= bound(dtype, True) * true.norm()
 
 
 def test_what_was_measured_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,7 +84,7 @@ def test_what_was_measured_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     us = kernels.tune(kernels.pack_linear(weight), x)
     measured._times.cache_clear()  # as in another process
     late = blob.read(kernels.pack_linear(weight).data)
-    assert table.fastest(late, 7) == min(us, key=us.__getitem__)
+    assert linear.chosen(late, x[:7]) == min(us, key=us.__getitem__)
     assert kernels.tune(kernels.pack_linear(weight), x) == us
     measured._times.cache_clear()
 

@@ -12,6 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.block_linear.index import BlockIndex
 from kernels.cuda.blob import Blocks
+from kernels.cuda.driver import most_shared
 from kernels.cuda.rounding import precision
 
 
@@ -29,6 +30,8 @@ class Walk:
         values: (blocks, block rows, block columns).
         places: None, or (blocks,) int32, which of `values` each block is; there it is transposed:
             (blocks, block columns, block rows).
+        fixed: whether the lists are those of a packed weight: they were complete before any kernel
+            that may still run was launched, and may be read before it has ended.
     """
 
     rows: int
@@ -39,6 +42,7 @@ class Walk:
     order: Tensor
     values: Tensor
     places: Tensor | None = None
+    fixed: bool = False
 
 
 def by_rows(index: BlockIndex, values: Tensor) -> Walk:
@@ -87,13 +91,26 @@ def plan(blocks: Blocks | Walk, x: Tensor, rounding: str = "ieee") -> Plan:
     some &= not wide or rounding == "tf32"  # its tiles would spill
     bulk = some and x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
     few = len(x) <= 4096  # waves of programs: the longest decides
+    each = step * x.element_size()  # bytes of a row of a tile
     if blocks.block[0] >= 128:
-        how = (8, 2) if wide else (4, 3)
-        return Plan(128, False, 16 if few else 8, few, *how, step, bulk)
-    if blocks.block[0] == 64 and len(x) * blocks.rows >= 2**24 and not wide:
+        short = len(blocks.columns) < 5 * (blocks.rows // blocks.block[0])
+        group = 16 if few else 1 if short else 8
+        warps, stages = (8, 2) if wide else (4, 3)
+        stages = fitting(stages, (128 + blocks.block[0]) * each, bulk, x.device)
+        return Plan(128, False, group, few, warps, stages, step, bulk)
+    large = blocks.block[0] == 64 and len(x) * blocks.rows >= 2**24 and not wide
+    if large and fitting(3, (512 + 64) * each, bulk, x.device) == 3:
         return Plan(512, True, 1, few, 8, 3, step, bulk)
     tokens = 256 if len(x) > 128 and not wide else 128
-    return Plan(tokens, True, 4 if few else 2, few, 4, 2, step, bulk)
+    stages = fitting(2, (tokens + blocks.block[0]) * each, bulk, x.device)
+    return Plan(tokens, True, 4 if few else 2, few, 4, stages, step, bulk)
+
+
+def fitting(stages: int, size: int, bulk: bool, device: torch.device) -> int:
+    """As many stages, up to so many, as shared memory holds of tiles of so many bytes."""
+    if device.type != "cuda":
+        return stages
+    return max(1, min(stages, most_shared(device.index) // size + (not bulk)))
 
 
 def linear(
@@ -106,7 +123,7 @@ def linear(
 ) -> Tensor:
     """Gives y (tokens, rows) of x (tokens, channels), contiguous; bias float32."""
     index = (blocks.starts, blocks.columns, blocks.order)
-    walk = Walk(blocks.rows, blocks.channels, blocks.block, *index, blocks.values)
+    walk = Walk(blocks.rows, blocks.channels, blocks.block, *index, blocks.values, fixed=True)
     return product(walk, x, bias, activation, how, precision(), residual)
 
 
@@ -144,9 +161,10 @@ def product(
         bias if bias is not None else walk.starts, added, to, len(x), walk.channels, walk.rows,
         HEIGHT=height, WIDTH=width, STEP=how.step, STEPS=width // how.step,
         TOKENS=how.tokens, TURNED=how.turned, GROUP=how.group, SORTED=how.sorted,
-        BULK=how.bulk, PLACES=walk.places is not None, BIAS=bias is not None,
+        BULK=how.bulk, EARLY=how.bulk and walk.fixed, PLACES=walk.places is not None,
+        BIAS=bias is not None,
         ADDED=residual is not None, ACTIVATION=activation, PRECISION=rounding, OUT=TYPES[x.dtype],
-        num_warps=how.warps, num_stages=how.stages, **early(how.bulk),
+        num_warps=how.warps, num_stages=how.stages, **early(how.bulk and walk.fixed),
     )  # fmt: skip
     return y
 
@@ -217,8 +235,8 @@ def _linear(
     x, values, order, starts, columns, places, bias, added, y, tokens, channels, rows,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr,
     TOKENS: tl.constexpr, TURNED: tl.constexpr, GROUP: tl.constexpr, SORTED: tl.constexpr,
-    BULK: tl.constexpr, PLACES: tl.constexpr, BIAS: tl.constexpr, ADDED: tl.constexpr,
-    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, OUT: tl.constexpr,
+    BULK: tl.constexpr, EARLY: tl.constexpr, PLACES: tl.constexpr, BIAS: tl.constexpr,
+    ADDED: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
     tile, line = placed(tl.cdiv(tokens, TOKENS), rows // HEIGHT, GROUP)
     if SORTED:
@@ -230,7 +248,7 @@ def _linear(
     next_place = next_at
     if PLACES:
         next_place = tl.load(places + begin, mask=begin < end, other=0)
-    after(BULK)
+    after(EARLY)
     for i in range(begin * STEPS, end * STEPS):
         block, side = i // STEPS, i % STEPS * STEP
         at = next_at * WIDTH + side

@@ -39,6 +39,17 @@ def loop_bounds(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
+def test_stages_are_as_many_as_shared_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kernels.cuda import many
+
+    device, size = torch.device("cuda:0"), (512 + 64) * 128
+    monkeypatch.setattr(many, "most_shared", {0: 101376}.__getitem__)  # of 8.6, 8.9 and 12.0
+    assert [many.fitting(3, size, bulk, device) for bulk in (False, True)] == [2, 1]
+    assert many.fitting(2, size // 8, True, device) == 2
+    assert many.fitting(3, 10 * size, False, device) == 1
+    assert many.fitting(3, 10 * size, False, torch.device("cpu")) == 3
+
+
 @pytest.mark.parametrize("tokens", [1, 70, 130])
 @pytest.mark.parametrize("block", [(16, 16), (32, 64), (128, 32)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -92,7 +92,14 @@ def test_a_product_compiles(
         "STEPS": side // 64,
         "TOKENS": 128,
     }
-    fixed |= {"TURNED": turned, "GROUP": 4, "SORTED": True, "BULK": bulk, "PLACES": places}
+    fixed |= {
+        "TURNED": turned,
+        "GROUP": 4,
+        "SORTED": True,
+        "BULK": bulk,
+        "EARLY": bulk,
+        "PLACES": places,
+    }
     fixed |= {"BIAS": True, "ACTIVATION": 4, "PRECISION": "tf32", "OUT": triton.language.bfloat16}
     ptx = triton_makes(many._linear, target, kinds, fixed, num_warps=4, num_stages=2)
     assert ("wgmma.mma_async" if target == 90 else "mma.sync") in ptx

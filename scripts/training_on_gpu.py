@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kernels
-from kernels.block_linear.index import gather
+from kernels.block_index import gather
 from scripts.gpu_timing import Work, block_mask, close
 
 Step = Callable[[], Sequence[Tensor]]

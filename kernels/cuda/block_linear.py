@@ -6,8 +6,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from kernels.block_index import BlockIndex
 from kernels.block_linear import reference
-from kernels.block_linear.index import BlockIndex
 from kernels.cuda.blob import DTYPES, SIZES
 from kernels.cuda.linear import aligned, precision
 

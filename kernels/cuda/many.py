@@ -10,7 +10,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.block_linear.index import BlockIndex
+from kernels.block_index import BlockIndex
 from kernels.cuda.blob import Blocks
 from kernels.cuda.linear import precision
 

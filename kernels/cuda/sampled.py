@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.block_linear.index import BlockIndex
+from kernels.block_index import BlockIndex
 from kernels.cuda.many import TYPES, tile_of
 
 _PROGRAMS = 1.75  # of a multiprocessor

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from kernels.block_index import BlockIndex, block_index
 from kernels.block_linear import reference
-from kernels.block_linear.index import BlockIndex, block_index
 from kernels.calls import ACTIVATIONS
 from kernels.cuda import blob, pack
 from kernels.reference import activate
@@ -64,7 +64,7 @@ def index_of(block: tuple[int, int], group: int | None = None) -> BlockIndex:
     """Of 6 x 9 blocks; a row and a column are empty, a row is full."""
     mask = torch.rand(6, 9) < 0.4
     mask[0], mask[1], mask[:, 3] = True, False, False
-    return block_index(mask, block, group)
+    return block_index(mask, block, group=group)
 
 
 def close(y: torch.Tensor, true: torch.Tensor) -> bool:

@@ -14,7 +14,7 @@ from kernels.cuda.linear import aligned, precision
 
 def forward(x: Tensor, values: Tensor, bias: Tensor | None, index: BlockIndex) -> Tensor:
     """See `kernels.block_linear.reference`."""
-    if not _takes(x, index):
+    if not takes(x, index):
         return reference.forward(x, values, bias, index)
     from kernels.cuda import many  # not at the top: Triton is imported only where it is needed
 
@@ -25,7 +25,7 @@ def forward(x: Tensor, values: Tensor, bias: Tensor | None, index: BlockIndex) -
 
 def input_grad(grad: Tensor, values: Tensor, index: BlockIndex) -> Tensor:
     """See `kernels.block_linear.reference`."""
-    if not _takes(grad, index):
+    if not takes(grad, index):
         return reference.input_grad(grad, values, index)
     from kernels.cuda import many
 
@@ -36,7 +36,7 @@ def input_grad(grad: Tensor, values: Tensor, index: BlockIndex) -> Tensor:
 
 def weight_grad(grad: Tensor, x: Tensor, index: BlockIndex) -> Tensor:
     """See `kernels.block_linear.reference`."""
-    if not _takes(x, index):
+    if not takes(x, index):
         return reference.weight_grad(grad, x, index)
     from kernels.cuda import sampled
 
@@ -44,7 +44,8 @@ def weight_grad(grad: Tensor, x: Tensor, index: BlockIndex) -> Tensor:
         return sampled.weight_grad(index, aligned(grad), aligned(x), precision=precision())
 
 
-def _takes(x: Tensor, index: BlockIndex) -> bool:
+def takes(x: Tensor, index: BlockIndex) -> bool:
+    """Whether the kernels multiply x, whose first size is not 0, by such blocks."""
     fits = x.dtype in DTYPES and set(index.block) <= set(SIZES)
     return fits and len(x) > 0 and _has_triton()
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from kernels.calls import activation_code, check_residual, geometry
 from kernels.cuda import blob, linear
 from kernels.reference import activate
+from kernels.window import Window
 
 
 def run(
@@ -49,8 +50,8 @@ def run(
         check_residual("sparse_conv2d", residual, x, out)
         added = residual.contiguous(memory_format=torch.channels_last)
     if kernel == "linear":
-        flat = None if added is None else _pixels(added)
-        return _images(linear.product(blocks, _pixels(last), bias, activation, flat), out)
+        flat = None if added is None else pixels(added)
+        return images(linear.product(blocks, pixels(last), bias, activation, flat), out)
     if kernel == "implicit":
         return _implicit(blocks, last, bias, pairs[1:], out, code, added)
     if added is None:
@@ -66,8 +67,8 @@ def _by_pytorch(
     if kernel == "channel":
         held = None if same is None else same[blocks.order]
         y = F.conv2d(x, blocks.form.weight(blocks.values), held, *pairs)
-        flat = linear.spread(_pixels(activate(y, activation)), blocks, bias, activation)
-        return _images(flat, (len(y), blocks.rows, *y.shape[2:]))
+        flat = linear.spread(pixels(activate(y, activation)), blocks, bias, activation)
+        return images(flat, (len(y), blocks.rows, *y.shape[2:]))
     assert blocks.whole is not None
     stride, padding, dilation = pairs
     held = blocks.form.weight(blocks.whole)
@@ -88,8 +89,8 @@ def chosen(
         return "linear"
     if blocks.is_channel:
         return "channel"
-    pixels = prod(out) // out[1]
-    pays = blocks.in_blocks and (blocks.whole is None or blocks.pays(pixels))
+    count = prod(out) // out[1]
+    pays = blocks.in_blocks and (blocks.whole is None or blocks.pays(count))
     return "implicit" if pays else "dense"
 
 
@@ -102,15 +103,15 @@ def name(
 ) -> str:
     """What `chosen` says, of `linear` the kernel of its product."""
     way = chosen(blocks, x, out, stride, padding)
-    return linear.chosen(blocks, linear.aligned(_pixels(x))) if way == "linear" else way
+    return linear.chosen(blocks, linear.aligned(pixels(x))) if way == "linear" else way
 
 
-def _pixels(x: Tensor) -> Tensor:
+def pixels(x: Tensor) -> Tensor:
     """Images (N, C, H, W) as pixels (N * H * W, C): no copy where channels lie last."""
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
-def _images(y: Tensor, out: tuple[int, ...]) -> Tensor:
+def images(y: Tensor, out: tuple[int, ...]) -> Tensor:
     """Pixels (N * H * W, C) as (N, C, H, W), channels last."""
     return y.view(out[0], *out[2:], out[1]).permute(0, 3, 1, 2)
 
@@ -124,15 +125,18 @@ def _implicit(
     code: int,
     added: Tensor | None,
 ) -> Tensor:
-    from kernels.cuda import implicit  # not at the top: Triton is imported only where it is needed
+    from kernels.cuda import implicit, many  # not at the top: Triton comes where it is needed
 
-    wide, x = None if bias is None else bias.float(), _aligned(x)
-    added = None if added is None else _aligned(added)
+    wide, window = None if bias is None else bias.float(), Window(blocks.form.kernel, *pairs)
+    walked = (many.packed(blocks), aligned(x), wide, window, out, code)
+    added = None if added is None else aligned(added)
     with torch.cuda.device(x.device):
-        return implicit.conv2d(blocks, x, wide, implicit.Walk(*pairs), out, code, residual=added)
+        return implicit.conv2d(*walked, rounding=linear.precision(), residual=added)
 
 
-def _aligned(x: Tensor) -> Tensor:
+def aligned(x: Tensor) -> Tensor:
+    """Gives images with channels last and from a multiple of 16 bytes on, for the copy engine."""
+    x = x.contiguous(memory_format=torch.channels_last)
     return x.clone() if x.data_ptr() % 16 else x
 
 

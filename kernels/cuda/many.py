@@ -41,6 +41,12 @@ class Walk:
     places: Tensor | None = None
 
 
+def packed(blocks: Blocks) -> Walk:
+    """A packed weight."""
+    index = (blocks.starts, blocks.columns, blocks.order)
+    return Walk(blocks.rows, blocks.channels, blocks.block, *index, blocks.values)
+
+
 def by_rows(index: BlockIndex, values: Tensor) -> Walk:
     """The weight of an index; values (blocks, h, w)."""
     sizes, lists = (index.out_features, index.in_features), (index.starts, index.columns)
@@ -48,8 +54,12 @@ def by_rows(index: BlockIndex, values: Tensor) -> Walk:
 
 
 def by_columns(index: BlockIndex, values: Tensor) -> Walk:
-    """The weight of an index transposed; values (blocks, h, w) stay as they lie."""
-    sizes, lists = (index.in_features, index.out_features), (index.column_starts, index.rows)
+    """The weight of an index transposed; values (blocks, h, w) stay as they lie.
+
+    Of several taps it is flipped too: (in, taps * out).
+    """
+    sizes = (index.channels, index.taps * index.out_features)
+    lists = (index.column_starts, index.rows)
     block = (index.block[1], index.block[0])
     return Walk(*sizes, block, *lists, index.column_order, values, index.places)
 
@@ -105,9 +115,7 @@ def linear(
     residual: Tensor | None = None,
 ) -> Tensor:
     """Gives y (tokens, rows) of x (tokens, channels), contiguous; bias float32."""
-    index = (blocks.starts, blocks.columns, blocks.order)
-    walk = Walk(blocks.rows, blocks.channels, blocks.block, *index, blocks.values)
-    return product(walk, x, bias, activation, how, precision(), residual)
+    return product(packed(blocks), x, bias, activation, how, precision(), residual)
 
 
 def product(

@@ -134,16 +134,24 @@ def constants(window: Window, channels: int) -> dict[str, int]:
     return {"CHANNELS": channels, "ACROSS": window.kernel[1], **sides}
 
 
-def boxes_under(x: Tensor, stride: Pair, box: Box, channels: int) -> TensorDescriptor:
-    """Channels-last x in boxes of steps of a stride: (N, H/s, s, W/s, s * C)."""
-    last = _last(x)
+def boxes_under(
+    x: Tensor, stride: Pair, box: Box, channels: int, last: bool = False
+) -> TensorDescriptor:
+    """Channels-last x in boxes of steps of a stride: (N, H/s, s, W/s, s * C), perhaps N later."""
     down, across = x.shape[2] // stride[0], x.shape[3] // stride[1]
-    steps = last.view(len(x), down, stride[0], across, stride[1] * x.shape[1])
-    return TensorDescriptor.from_tensor(steps, [box[0], box[1], 1, box[2], channels])
+    steps = _last(x).view(len(x), down, stride[0], across, stride[1] * x.shape[1])
+    tile = [box[0], box[1], 1, box[2], channels]
+    if last:
+        steps, tile = steps.permute(1, 2, 3, 0, 4), [*tile[1:4], box[0], channels]
+    return TensorDescriptor.from_tensor(steps, tile)
 
 
-def boxes_at(x: Tensor, box: Box, channels: int) -> TensorDescriptor:
-    """Channels-last x in boxes: (N, H, W, C)."""
+def boxes_at(x: Tensor, box: Box, channels: int, last: bool = False) -> TensorDescriptor:
+    """Channels-last x in boxes: (N, H, W, C), or with the images before the channels."""
+    if last:
+        return TensorDescriptor.from_tensor(
+            _last(x).permute(1, 2, 0, 3), [*box[1:], box[0], channels]
+        )
     return TensorDescriptor.from_tensor(_last(x), [*box, channels])
 
 
@@ -162,14 +170,21 @@ def _inside(image, row, column, height, width):
 
 @triton.jit
 def pixels_of(
-    box, images, height, width, IMAGES: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr
-):
-    """The corner of a box, its pixels (image, row, column, is there one), and where they lie."""
+    box, images, height, width, IMAGES: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr,
+    LAST: tl.constexpr,
+):  # fmt: skip
+    """The corner of a box, its pixels (image, row, column, is there one), and where they lie.
+
+    LAST: pixels of all images at one place lie beside each other, not an image's pixels.
+    """
     down, across = tl.cdiv(height, TALL), tl.cdiv(width, WIDE)
     corner = (box // (down * across) * IMAGES, box // across % down * TALL, box % across * WIDE)
     pixel = tl.arange(0, IMAGES * TALL * WIDE)
-    image, row = corner[0] + pixel // (TALL * WIDE), corner[1] + pixel // WIDE % TALL
-    column = corner[2] + pixel % WIDE
+    if LAST:
+        image, pixel = corner[0] + pixel % IMAGES, pixel // IMAGES
+    else:
+        image, pixel = corner[0] + pixel // (TALL * WIDE), pixel % (TALL * WIDE)
+    row, column = corner[1] + pixel // WIDE, corner[2] + pixel % WIDE
     place, inside = _inside(image, row, column, height, width)
     return corner, (image, row, column, inside & (image < images)), place
 
@@ -185,7 +200,7 @@ def tile_under(
     x, corner, pixels, at, height, width,
     CHANNELS: tl.constexpr, ACROSS: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, APART_H: tl.constexpr, APART_W: tl.constexpr,
-    PIXELS: tl.constexpr, STEP: tl.constexpr, BULK: tl.constexpr,
+    PIXELS: tl.constexpr, STEP: tl.constexpr, BULK: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """What columns `at` and after of the weight multiply, (pixels, STEP), of a box of outputs."""
     UP: tl.constexpr = (PAD_H + STRIDE_H - 1) // STRIDE_H  # strides, so that no rest is negative
@@ -193,10 +208,12 @@ def tile_under(
     dy = at // CHANNELS // ACROSS * APART_H - PAD_H + UP * STRIDE_H
     dx = at // CHANNELS % ACROSS * APART_W - PAD_W + LEFT * STRIDE_W
     if BULK:
-        box = x.load([
-            corner[0], corner[1] - UP + dy // STRIDE_H, dy % STRIDE_H,
-            corner[2] - LEFT + dx // STRIDE_W, dx % STRIDE_W * CHANNELS + at % CHANNELS,
-        ])  # fmt: skip
+        down, across = corner[1] - UP + dy // STRIDE_H, corner[2] - LEFT + dx // STRIDE_W
+        rest, beside = dy % STRIDE_H, dx % STRIDE_W * CHANNELS + at % CHANNELS
+        if LAST:
+            box = x.load([down, rest, across, corner[0], beside])
+        else:
+            box = x.load([corner[0], down, rest, across, beside])
         return box.reshape([PIXELS, STEP])
     else:
         image, row, column, real = pixels
@@ -209,11 +226,14 @@ def tile_under(
 @triton.jit
 def tile_at(
     source, corner, row, here, real, PIXELS: tl.constexpr, HEIGHT: tl.constexpr,
-    BULK: tl.constexpr,
+    BULK: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """Channels `row` and after of a box of pixels (pixels, HEIGHT), which lie `here`."""
     if BULK:
-        box = source.load([corner[0], corner[1], corner[2], row])
+        if LAST:
+            box = source.load([corner[1], corner[2], corner[0], row])
+        else:
+            box = source.load([corner[0], corner[1], corner[2], row])
         return box.reshape([PIXELS, HEIGHT])
     else:
         return tl.load(source + here, mask=real[:, None], other=0.0)
@@ -248,7 +268,9 @@ def _conv2d(
     box, line = placed(boxes, rows // HEIGHT, GROUP)
     if SORTED:
         line = tl.load(order + line)
-    corner, pixels, place = pixels_of(box, images, out_height, out_width, IMAGES, TALL, WIDE)
+    corner, pixels, place = pixels_of(
+        box, images, out_height, out_width, IMAGES, TALL, WIDE, False
+    )
     begin, end = tl.load(starts + line), tl.load(starts + line + 1)
     next_at = tl.load(columns + begin, mask=begin < end, other=0)
     next_place = next_at
@@ -267,13 +289,14 @@ def _conv2d(
         w = weights(values, block, side, HEIGHT, WIDTH, STEP, BULK, PLACES)
         part = tile_under(
             x, corner, pixels, at, height, width, CHANNELS, ACROSS, STRIDE_H, STRIDE_W,
-            PAD_H, PAD_W, APART_H, APART_W, PIXELS, STEP, BULK,
+            PAD_H, PAD_W, APART_H, APART_W, PIXELS, STEP, BULK, False,
         )  # fmt: skip
         total = tl.dot(w, part.T, total, input_precision=PRECISION)
     row, total = line * HEIGHT + tl.arange(0, HEIGHT), total.T
     here = place[:, None] * rows + row[None, :]
     if ADDED:
-        others = tile_at(added, corner, line * HEIGHT, here, pixels[3], PIXELS, HEIGHT, BULK)
+        first, real = line * HEIGHT, pixels[3]
+        others = tile_at(added, corner, first, here, real, PIXELS, HEIGHT, BULK, False)
         total += others.to(tl.float32)
     total = finished(total, bias, row, BIAS, ACTIVATION, OUT)
     _put(y, total, corner, line * HEIGHT, here, pixels[3], IMAGES, TALL, WIDE, HEIGHT, BULK)

@@ -12,12 +12,14 @@ from torch import Tensor
 
 from kernels.block_index import BlockIndex
 from kernels.cuda.implicit import (
+    Box,
     box,
     boxes_at,
     boxes_of,
     boxes_under,
     brings,
     constants,
+    covered,
     pixels_of,
     tile_at,
     tile_under,
@@ -25,6 +27,8 @@ from kernels.cuda.implicit import (
 from kernels.cuda.many import TYPES
 from kernels.cuda.sampled import Plan, added, group_of, parts_of, plan, put, steps_of
 from kernels.window import Window
+
+_WASTE = 1.25  # times the least pixels that boxes cover
 
 
 def weight_grad(
@@ -40,14 +44,15 @@ def weight_grad(
     if how is None:
         boxes = brings(x, window.stride, precision)
         how = plan(index, x, grad.numel() // rows, precision, boxes)
-    block, step = index.block, box((images, out[0], out[1]), how.step)
+    block, step = index.block, step_of((images, out[0], out[1]), how.step)
     given = x.new_empty(len(index.columns), *block)
     if not len(given):
         return given
     sums = parts_of(given, how)
     tiles: tuple[Any, Any] = (grad, x)
     if how.bulk:
-        tiles = (boxes_at(grad, step, block[0]), boxes_under(x, window.stride, step, block[1]))
+        under = boxes_under(x, window.stride, step, block[1], last=True)
+        tiles = (boxes_at(grad, step, block[0], last=True), under)
     _sampled[(len(index.groups) * how.split,)](
         *tiles, index.groups, sums, images, height, width, *out, rows,
         len(given), len(index.groups), how.split,
@@ -57,6 +62,15 @@ def weight_grad(
         num_warps=how.warps, num_stages=how.stages, **constants(window, channels),
     )  # fmt: skip
     return added(sums, given, how)
+
+
+def step_of(sizes: Box, pixels: int) -> Box:
+    """The box of so many pixels: of one of each image, unless that leaves more of it empty.
+
+    Tiles of such a box are matrices for the compiler; others go through registers.
+    """
+    deep, best = (pixels, 1, 1), box(sizes, pixels)
+    return deep if covered(sizes, deep) <= _WASTE * covered(sizes, best) else best
 
 
 @triton.jit(do_not_specialize=["blocks", "count", "split"])
@@ -96,14 +110,16 @@ def _blocks(
     for _ in tl.static_range(SIZE):
         totals += (tl.zeros([HEIGHT, WIDTH], tl.float32),)
     for i in range(begin, end):
-        corner, pixels, place = pixels_of(i, images, out_height, out_width, IMAGES, TALL, WIDE)
+        corner, pixels, place = pixels_of(
+            i, images, out_height, out_width, IMAGES, TALL, WIDE, True
+        )
         here = place[:, None] * rows + row * HEIGHT + tl.arange(0, HEIGHT)[None, :]
-        shared = tile_at(grad, corner, row * HEIGHT, here, pixels[3], PIXELS, HEIGHT, BULK).T
+        shared = tile_at(grad, corner, row * HEIGHT, here, pixels[3], PIXELS, HEIGHT, BULK, True).T
         found = ()
         for k in tl.static_range(SIZE):
             part = tile_under(
                 x, corner, pixels, columns[k] * WIDTH, height, width, CHANNELS, ACROSS, STRIDE_H,
-                STRIDE_W, PAD_H, PAD_W, APART_H, APART_W, PIXELS, WIDTH, BULK,
+                STRIDE_W, PAD_H, PAD_W, APART_H, APART_W, PIXELS, WIDTH, BULK, True,
             )  # fmt: skip
             found += (tl.dot(shared, part, totals[k], input_precision=PRECISION),)
         totals = found

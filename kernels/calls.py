@@ -180,25 +180,26 @@ def geometry(
     padding: tuple[int, ...],
     dilation: tuple[int, ...],
     groups: int,
+    name: str = "sparse_conv2d",
 ) -> Geometry:
-    """The geometry of a convolution of an input of shape `x`.
+    """The geometry of a convolution of an input of shape `x`; name: of its operator.
 
     Raises:
         ValueError: x is not (N, C, H, W), an argument is out of range, or the kernel is larger
             than the padded input.
     """
     if len(x) != 4:
-        raise ValueError(f"sparse_conv2d: x must be (N, C, H, W), got {tuple(x)}")
+        raise ValueError(f"{name}: x must be (N, C, H, W), got {tuple(x)}")
     if min(*kernel, *stride, *dilation, groups) < 1 or min(padding) < 0:
         raise ValueError(
-            "sparse_conv2d: kernel_size, stride, dilation and groups must be positive and padding "
+            f"{name}: kernel_size, stride, dilation and groups must be positive and padding "
             f"not negative, got {kernel}, {stride}, {dilation}, {groups}, {padding}"
         )
     axes = zip(x[2:], kernel, stride, padding, dilation, strict=True)
     height, width = (out_size(*axis) for axis in axes)
     if height < 1 or width < 1:
         raise ValueError(
-            f"sparse_conv2d: kernel {kernel} with dilation {dilation} is larger than the padded "
+            f"{name}: kernel {kernel} with dilation {dilation} is larger than the padded "
             f"input, {x[2]}x{x[3]} with padding {padding}"
         )
     numbers = (*x, out_channels, *kernel, *stride, *padding, *dilation, groups, height, width)

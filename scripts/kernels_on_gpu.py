@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 import kernels
 from kernels.cuda import blob, conv2d, linear
+from kernels.window import Window
 from scripts import training_on_gpu
 from scripts.gpu_timing import (
     HEAD,
@@ -130,6 +131,7 @@ class Conv2d:
         x = x.contiguous(memory_format=torch.channels_last)
         packed, pack_ms = milliseconds(lambda: kernels.pack_conv2d(weight))
         walk: Any = ((self.stride,) * 2, (self.kernel // 2,) * 2)
+        window = Window(kernel, walk[0], walk[1], (1, 1))
         ours: Make = lambda _: partial(_conv2d, x, packed.data.clone(), walk)  # noqa: E731
         y, kept = ours(weight)(), int(weight.count_nonzero())
         true = F.conv2d(x[:8].double(), weight.double(), None, *walk)
@@ -139,7 +141,7 @@ class Conv2d:
             f"{self.block}x{self.block}",
             self.sparsity,
             close(y[:8], true),
-            conv2d.name(blob.read(packed.data), x, tuple(y.shape), (*walk, (1, 1))),
+            conv2d.name(blob.read(packed.data), x, tuple(y.shape), window),
             weight,
             PIXELS,
             ours,

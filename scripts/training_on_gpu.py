@@ -10,82 +10,152 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kernels
-from kernels.block_linear.index import gather
+from kernels.block_index import flat, gather
 from scripts.gpu_timing import Work, block_mask, close
 
 Step = Callable[[], Sequence[Tensor]]
+Layer = kernels.BlockLinear | kernels.BlockConv2d
 TOKENS, SIZE, BLOCKS = 8192, 4096, (64, 128)
+IMAGES, CHANNELS, SIDES, SIDE = 64, 256, (28, 14), 64  # of convolutions; SIDE of their blocks
 WEIGHT, ALL = "weight gradient", "forward and backward"
 CALLS = 4  # in a graph
 
 
 @dataclass(frozen=True)
+class Linear:
+    """A square linear layer in bfloat16."""
+
+    block: int
+    name = "block_linear"
+    shape = f"{TOKENS} tokens, {SIZE}x{SIZE}"
+
+    def layer(self, sparsity: float) -> Layer:
+        """The layer of blocks."""
+        mask = block_mask((SIZE // self.block, SIZE // self.block), 1, sparsity)
+        linear = nn.Linear(SIZE, SIZE, bias=False, device="cuda", dtype=torch.bfloat16)
+        return kernels.BlockLinear.of(linear, (self.block, self.block), mask)
+
+    def activations(self) -> Tensor:
+        """An input, or a gradient of the output."""
+        return torch.randn(TOKENS, SIZE, device="cuda").bfloat16()
+
+    def dense(self, x: Tensor, weight: Tensor) -> Tensor:
+        """PyTorch's output."""
+        return F.linear(x, weight)
+
+    def dense_grad(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """PyTorch's gradient of the weight."""
+        return torch.mm(grad.t(), x)
+
+    def grad(self, layer: Layer, grad: Tensor, x: Tensor) -> Tensor:
+        """Our gradient of the blocks."""
+        sample = torch.ops.sparse_nas.block_linear_weight_grad
+        return sample(grad, x, layer.lists, layer.groups, *layer.index.block)
+
+
+@dataclass(frozen=True)
+class Conv2d:
+    """A 3x3 in bfloat16, channels last, of as many channels out as in."""
+
+    size: int
+    block: int = SIDE
+    name = "block_conv2d"
+
+    @property
+    def shape(self) -> str:
+        """As rows of the table name it."""
+        return f"3x3 {CHANNELS} ch {self.size}^2, batch {IMAGES}"
+
+    def layer(self, sparsity: float) -> Layer:
+        """The layer of blocks."""
+        blocks = CHANNELS // self.block
+        mask = block_mask((blocks, blocks, 3, 3), 1, sparsity)
+        conv = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, bias=False)
+        conv = conv.to("cuda", torch.bfloat16)
+        return kernels.BlockConv2d.of(conv, (self.block, self.block), mask)
+
+    def activations(self) -> Tensor:
+        """An input, or a gradient of the output."""
+        x = torch.randn(IMAGES, CHANNELS, self.size, self.size, device="cuda").bfloat16()
+        return x.contiguous(memory_format=torch.channels_last)
+
+    def dense(self, x: Tensor, weight: Tensor) -> Tensor:
+        """CuDNN's output."""
+        return F.conv2d(x, weight, padding=1)
+
+    def dense_grad(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """CuDNN's gradient of the weight."""
+        ones = [1, 1]
+        how = (None, ones, ones, ones, False, [0, 0], 1, [False, True, False])
+        return torch.ops.aten.convolution_backward(grad, x, weight, *how)[1]
+
+    def grad(self, layer: Layer, grad: Tensor, x: Tensor) -> Tensor:
+        """Our gradient of the blocks."""
+        sample = torch.ops.sparse_nas.block_conv2d_weight_grad
+        ones = (1, 1)
+        walk = ((3, 3), ones, ones, ones)
+        return sample(grad, x, layer.lists, layer.groups, layer.index.block, *walk)
+
+
+@dataclass(frozen=True)
 class Training:
-    """A square linear layer in bfloat16 that trains: the gradient of its weight, or all of it."""
+    """A layer that trains: the gradient of its weight, or all of it."""
 
     operation: str
-    block: int
+    of: Linear | Conv2d
     sparsity: float
 
     @property
     def pattern(self) -> str:
         """As rows of the table name it."""
-        return f"{self.block}x{self.block}"
+        return f"{self.of.block}x{self.of.block}"
 
     def __str__(self) -> str:
-        return f"{self.operation} {TOKENS} tokens {SIZE}x{SIZE} {self.pattern}"
+        return f"{self.operation} {self.of.shape} {self.pattern}"
 
     def work(self) -> Work:
         """Makes the layer, checks and says what is timed."""
-        layer = self._layer()
-        x, grad = (torch.randn(TOKENS, SIZE, device="cuda").bfloat16() for _ in range(2))
+        layer, x, grad = self.of.layer(self.sparsity), self.of.activations(), self.of.activations()
         x.requires_grad_()
         ours, dense = self._steps(layer, x, grad)
         products = 1 if self.operation == WEIGHT else 3
         return Work(
             self.operation,
-            f"{TOKENS} tokens, {SIZE}x{SIZE}",
+            self.of.shape,
             self.pattern,
             self.sparsity,
             self._correct(layer, ours(), x, grad),
-            "block_linear",
+            self.of.name,
             layer.values.detach(),
             CALLS,
             lambda _: ours,
             lambda _: dense,
             {},
             products * (x.nbytes + grad.nbytes + layer.values.nbytes),
-            products * 2.0 * layer.values.numel() * TOKENS,
+            products * 2.0 * layer.values.numel() * grad.numel() / grad.shape[1],
         )
 
-    def _layer(self) -> kernels.BlockLinear:
-        mask = block_mask((SIZE // self.block, SIZE // self.block), 1, self.sparsity)
-        linear = nn.Linear(SIZE, SIZE, bias=False, device="cuda", dtype=torch.bfloat16)
-        return kernels.BlockLinear.of(linear, (self.block, self.block), mask)
-
-    def _steps(self, layer: kernels.BlockLinear, x: Tensor, grad: Tensor) -> tuple[Step, Step]:
+    def _steps(self, layer: Layer, x: Tensor, grad: Tensor) -> tuple[Step, Step]:
         """Ours and dense."""
-        weight, sample = layer.weight().detach(), torch.ops.sparse_nas.block_linear_weight_grad
+        weight, given = layer.weight().detach(), x.detach()
         if self.operation == WEIGHT:
-            given, turned, lists = x.detach(), grad.t(), (layer.lists, layer.groups)
             return (
-                lambda: [sample(grad, given, *lists, *layer.index.block)],
-                lambda: [torch.mm(turned, given)],
+                lambda: [self.of.grad(layer, grad, given)],
+                lambda: [self.of.dense_grad(grad, given, weight)],
             )
         weight.requires_grad_()
         return (
             lambda: _forward_and_backward(lambda: layer(x), [x, layer.values], grad),
-            lambda: _forward_and_backward(lambda: F.linear(x, weight), [x, weight], grad),
+            lambda: _forward_and_backward(lambda: self.of.dense(x, weight), [x, weight], grad),
         )
 
-    def _correct(
-        self, layer: kernels.BlockLinear, found: Sequence[Tensor], x: Tensor, grad: Tensor
-    ) -> bool:
-        wide, weight = grad.double(), layer.weight().detach().double()
-        true = [gather(wide.t() @ x.detach().double(), layer.index)]
-        if self.operation == ALL:
-            true = [F.linear(x.detach().double(), weight), wide @ weight, *true]
-        return all(close(y.detach(), t) for y, t in zip(found, true, strict=True))
+    def _correct(self, layer: Layer, found: Sequence[Tensor], x: Tensor, grad: Tensor) -> bool:
+        wide = [part.detach().double().requires_grad_() for part in (x, layer.weight())]
+        true = _forward_and_backward(lambda: self.of.dense(*wide), wide, grad.double())
+        weight = true[2] if true[2].dim() == 2 else flat(true[2])
+        true = [*true[:2], gather(weight, layer.index)]
+        wanted = true[2:] if self.operation == WEIGHT else true
+        return all(close(y.detach(), t.detach()) for y, t in zip(found, wanted, strict=True))
 
 
 def _forward_and_backward(
@@ -97,7 +167,8 @@ def _forward_and_backward(
 
 
 def cases(sparsities: Sequence[float]) -> Iterator[Training]:
-    """Of every block and sparsity: the gradient of the weight, then the product with both."""
-    for block in BLOCKS:
+    """Of every layer and sparsity: the gradient of the weight, then the product with both."""
+    layers: list[Linear | Conv2d] = [*map(Linear, BLOCKS), *map(Conv2d, SIDES)]
+    for of in layers:
         for sparsity in sparsities:
-            yield from (Training(operation, block, sparsity) for operation in (WEIGHT, ALL))
+            yield from (Training(operation, of, sparsity) for operation in (WEIGHT, ALL))

@@ -3,24 +3,22 @@
 All three operators are differentiable, each by the other two.
 """
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels import calls
+from kernels import block_op
+from kernels.block_index import blocks_of
 from kernels.block_linear import reference
-from kernels.block_linear.index import BlockIndex, blocks_of
+from kernels.block_op import INDEX
 
-_INDEX = "Tensor lists, Tensor groups"
-_LAYER = f"Tensor values, Tensor? bias, {_INDEX}, SymInt out_features"
+_LAYER = f"Tensor values, Tensor? bias, {INDEX}, SymInt out_features"
 FORWARD = f"block_linear(Tensor x, {_LAYER}) -> Tensor"
-_GRAD = f"Tensor grad, Tensor values, {_INDEX}, SymInt in_features"
+_GRAD = f"Tensor grad, Tensor values, {INDEX}, SymInt in_features"
 INPUT_GRAD = f"block_linear_input_grad({_GRAD}) -> Tensor"
-_SAMPLED = f"Tensor grad, Tensor x, {_INDEX}, SymInt height, SymInt width"
+_SAMPLED = f"Tensor grad, Tensor x, {INDEX}, SymInt height, SymInt width"
 WEIGHT_GRAD = f"block_linear_weight_grad({_SAMPLED}) -> Tensor"
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _forward(
@@ -32,10 +30,10 @@ def _forward(
     out_features: int,
 ) -> Tensor:
     sizes = out_features, _features(x)
-    index = _index("block_linear", x, lists, groups, sizes, values.shape[1:])
-    _check("values", values, x, (len(index.columns), *index.block))
+    index = block_op.index("block_linear", x, lists, groups, sizes, values.shape[1:])
+    block_op.check("block_linear", "values", values, x, (len(index.columns), *index.block))
     if bias is not None:
-        _check("bias", bias, x, (out_features,))
+        block_op.check("block_linear", "bias", bias, x, (out_features,))
     tokens = x.reshape(-1, x.shape[-1])
     return _on(x).forward(tokens, values, bias, index).view(*x.shape[:-1], out_features)
 
@@ -44,8 +42,10 @@ def _input_grad(
     grad: Tensor, values: Tensor, lists: Tensor, groups: Tensor, in_features: int
 ) -> Tensor:
     sizes = _features(grad), in_features
-    index = _index("block_linear_input_grad", grad, lists, groups, sizes, values.shape[1:])
-    _check("values", values, grad, (len(index.columns), *index.block))
+    index = block_op.index("block_linear_input_grad", grad, lists, groups, sizes, values.shape[1:])
+    block_op.check(
+        "block_linear_input_grad", "values", values, grad, (len(index.columns), *index.block)
+    )
     tokens = grad.reshape(-1, grad.shape[-1])
     return _on(grad).input_grad(tokens, values, index).view(*grad.shape[:-1], in_features)
 
@@ -54,8 +54,8 @@ def _weight_grad(
     grad: Tensor, x: Tensor, lists: Tensor, groups: Tensor, height: int, width: int
 ) -> Tensor:
     sizes = _features(grad), _features(x)
-    index = _index("block_linear_weight_grad", x, lists, groups, sizes, (height, width))
-    _check("grad", grad, x, (*x.shape[:-1], sizes[0]))
+    index = block_op.index("block_linear_weight_grad", x, lists, groups, sizes, (height, width))
+    block_op.check("block_linear_weight_grad", "grad", grad, x, (*x.shape[:-1], sizes[0]))
     return _on(x).weight_grad(grad.reshape(-1, sizes[0]), x.reshape(-1, sizes[1]), index)
 
 
@@ -70,45 +70,6 @@ def _on(x: Tensor) -> Any:
     from kernels.cuda import block_linear  # not at the top: nobody without a GPU needs it
 
     return block_linear
-
-
-def _index(
-    name: str,
-    x: Tensor,
-    lists: Tensor,
-    groups: Tensor,
-    sizes: tuple[int, int],
-    block: Sequence[int],
-) -> BlockIndex:
-    """The index, whose shape fits a weight of these sizes and whose tensors lie on x's device."""
-    if x.dtype not in _DTYPES:
-        raise ValueError(f"{name}: x must be one of {_DTYPES}, got {x.dtype}")
-    for part, dims in ((lists, 1), (groups, 2)):
-        kind = (part.dtype, part.device, part.dim(), part.is_contiguous())
-        if kind != (torch.int32, x.device, dims, True):
-            raise ValueError(
-                f"{name}: lists and groups must be contiguous int32 on {x.device}, as of a "
-                f"BlockIndex, got {part.dtype} {tuple(part.shape)} on {part.device}"
-            )
-    whole = len(block) == 2 and min(*sizes, *block) > 0
-    if whole and not sizes[0] % block[0] and not sizes[1] % block[1]:
-        rows, columns = sizes[0] // block[0], sizes[1] // block[1]
-        count = blocks_of(lists, rows, columns)
-        if count >= 0 and len(lists) == 3 * count + 2 * (rows + columns + 1):
-            return BlockIndex(*sizes, (block[0], block[1]), lists, groups)
-    raise ValueError(
-        f"{name}: the index, of {len(lists)} numbers, does not fit a weight of out={sizes[0]}, "
-        f"in={sizes[1]} in blocks of {tuple(block)}"
-    )
-
-
-def _check(name: str, tensor: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:
-    found = (tensor.dtype, tensor.device, tuple(tensor.shape))
-    if found != (x.dtype, x.device, shape):
-        raise ValueError(
-            f"block_linear: {name} must be {x.dtype} {shape} on {x.device}, as x and the index "
-            f"are, got {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
-        )
 
 
 def _fake_forward(
@@ -186,18 +147,9 @@ def _ops() -> Any:
     return torch.ops.sparse_nas
 
 
-def _define(
-    schema: str, run: Any, fake: Any, save: Callable[..., None], backward: Callable[..., Any]
-) -> None:
-    calls.define(schema, run, fake, run)
-    name = schema.split("(")[0]
-    torch.library.register_autograd(
-        f"sparse_nas::{name}", backward, setup_context=save, lib=calls.FRAGMENT
-    )
-
-
-_define(FORWARD, _forward, _fake_forward, _save_forward, _forward_backward)
-_define(INPUT_GRAD, _input_grad, _fake_input_grad, _save_input_grad, _input_grad_backward)
-_define(WEIGHT_GRAD, _weight_grad, _fake_weight_grad, _save_weight_grad, _weight_grad_backward)
-for _device in ("cpu", "cuda"):  # as `F.linear`
-    calls.autocast("block_linear", _device, lambda *_, at=_device: torch.get_autocast_dtype(at))
+block_op.define(FORWARD, _forward, _fake_forward, _save_forward, _forward_backward)
+block_op.define(INPUT_GRAD, _input_grad, _fake_input_grad, _save_input_grad, _input_grad_backward)
+block_op.define(
+    WEIGHT_GRAD, _weight_grad, _fake_weight_grad, _save_weight_grad, _weight_grad_backward
+)
+block_op.autocast("block_linear")

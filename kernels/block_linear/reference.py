@@ -4,7 +4,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from kernels.block_linear.index import BlockIndex
+from kernels.block_index import BlockIndex
 
 
 def forward(x: Tensor, values: Tensor, bias: Tensor | None, index: BlockIndex) -> Tensor:

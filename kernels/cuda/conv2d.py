@@ -2,7 +2,6 @@
 
 from collections.abc import Hashable, Sequence
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,9 +10,9 @@ from torch.nn import functional as F
 from kernels.calls import activation_code, check_residual, geometry
 from kernels.cuda import blob, linear, table
 from kernels.cuda.driver import has_triton
+from kernels.cuda.rounding import precision
 from kernels.reference import activate
-
-Walk = table.Walk
+from kernels.window import Pair, Window
 
 
 def run(
@@ -38,10 +37,10 @@ def run(
             shape or device.
     """
     activation_code("sparse_conv2d", activation)
-    blocks, kernel = blob.read(weight), tuple(kernel_size)
-    walk: Walk = tuple(stride), tuple(padding), tuple(dilation)
-    out = geometry(x.shape, out_channels, kernel, *walk, groups).out
-    _check(x, blocks, out_channels, kernel, groups)
+    blocks = blob.read(weight)
+    window = Window(*map(_pair, (kernel_size, stride, padding, dilation)))
+    out = geometry(tuple(x.shape), out_channels, window.kernel, *window.pairs, groups).out
+    _check(x, blocks, out_channels, window.kernel, groups)
     linear.check("sparse_conv2d", x, blocks, bias)
     if not out[0]:
         return _empty(x, out)
@@ -49,21 +48,24 @@ def run(
     if residual is not None:
         check_residual("sparse_conv2d", residual, x, out)
         added = residual.contiguous(memory_format=torch.channels_last)
-    if is_product(blocks, walk):
+    if is_product(blocks, window):
         flat = None if added is None else pixels(added)
-        return _images(linear.product(blocks, pixels(last), bias, activation, flat), out)
-    way = chosen(blocks, last, out, walk)
+        return images(linear.product(blocks, pixels(last), bias, activation, flat), out)
+    way = chosen(blocks, last, out, window)
     if added is None or way == "implicit":
-        return compute(way, blocks, last, bias, walk, out, activation, added)
-    y = compute(way, blocks, last, bias, walk, out)
+        return compute(way, blocks, last, bias, window, out, activation, added)
+    y = compute(way, blocks, last, bias, window, out)
     return activate(y.add_(added), activation)
 
 
-def is_product(blocks: blob.Blocks, walk: Walk) -> bool:
+def _pair(given: Sequence[int]) -> Pair:
+    height, width = given
+    return height, width
+
+
+def is_product(blocks: blob.Blocks, window: Window) -> bool:
     """Whether it is but a product with each pixel: of `pixels`."""
-    stride, padding, _ = walk
-    plain = (blocks.form.kernel, blocks.form.groups) == ((1, 1), 1)
-    return plain and set(stride) == {1} and set(padding) == {0}
+    return window.of_pixels and blocks.form.groups == 1
 
 
 def takers(blocks: blob.Blocks) -> list[str]:
@@ -77,59 +79,59 @@ def compute(
     blocks: blob.Blocks,
     x: Tensor,
     bias: Tensor | None,
-    walk: Walk,
-    out: tuple[int, ...],
+    window: Window,
+    out: tuple[int, int, int, int],
     activation: str = "none",
     added: Tensor | None = None,
 ) -> Tensor:
     """Gives y, channels last, of such an x by one of `takers`; only `implicit` adds something."""
     if way == "implicit":
-        return _implicit(blocks, x, bias, walk, out, activation_code(way, activation), added)
+        return _implicit(blocks, x, bias, window, out, activation_code(way, activation), added)
     same = None if bias is None else bias.to(x.dtype)
     if way == "channel":
         held = None if same is None else same[blocks.order]
-        y = F.conv2d(x, blocks.form.weight(blocks.values), held, *walk)
+        y = F.conv2d(x, blocks.form.weight(blocks.values), held, *window.pairs)
         flat = linear.spread(pixels(activate(y, activation)), blocks, bias, activation)
-        return _images(flat, (len(y), blocks.rows, *y.shape[2:]))
+        return images(flat, (len(y), blocks.rows, *y.shape[2:]))
     assert blocks.whole is not None
-    y = F.conv2d(x, blocks.form.weight(blocks.whole), same, *walk, blocks.form.groups)
+    y = F.conv2d(x, blocks.form.weight(blocks.whole), same, *window.pairs, blocks.form.groups)
     return activate(y, activation).contiguous(memory_format=torch.channels_last)
 
 
-def chosen(blocks: blob.Blocks, x: Tensor, out: tuple[int, ...], walk: Walk) -> str:
+def chosen(blocks: blob.Blocks, x: Tensor, out: tuple[int, ...], window: Window) -> str:
     """The way for x and `out` (N, C, H, W) where it is more than a product: one of `takers`.
 
     The fastest where it was measured (`kernels.tune`), else the one of a rule of thumb.
     """
     ways = takers(blocks)
-    case = lambda: table.conv2d_case(blocks, tuple(x.shape), walk)  # noqa: E731
-    measured = table.fastest(blocks, key(x, walk), case)
+    case = lambda: table.conv2d_case(blocks, tuple(x.shape), window)  # noqa: E731
+    measured = table.fastest(blocks, key(x, window), case)
     if measured in ways:
         return measured
     pays = len(ways) == 1 or blocks.pays(prod(out) // out[1])
     return ways[0] if pays else ways[-1]
 
 
-def key(x: Tensor, walk: Walk) -> Hashable:
+def key(x: Tensor, window: Window) -> Hashable:
     """What x (N, C, H, W) is looked up by in `kernels.cuda.table`."""
-    return (table.bucket(len(x)), *x.shape[1:], *walk)
+    return (table.bucket(len(x)), *x.shape[1:], window)
 
 
-def name(blocks: blob.Blocks, x: Tensor, out: tuple[int, ...], walk: Walk) -> str:
+def name(blocks: blob.Blocks, x: Tensor, out: tuple[int, ...], window: Window) -> str:
     """What `chosen` says, of a product the kernel of it."""
-    if is_product(blocks, walk):
+    if is_product(blocks, window):
         return linear.chosen(blocks, linear.aligned(pixels(x)))
-    return chosen(blocks, x, out, walk)
+    return chosen(blocks, x, out, window)
 
 
-def shape_of(blocks: blob.Blocks, x: Tensor, walk: Walk) -> tuple[int, int, int, int]:
+def shape_of(blocks: blob.Blocks, x: Tensor, window: Window) -> tuple[int, int, int, int]:
     """The shape of the output (N, C, H, W).
 
     Raises:
         ValueError: see `kernels.calls.geometry`.
     """
-    form = blocks.form
-    return geometry(tuple(x.shape), blocks.rows, form.kernel, *walk, form.groups).out
+    sizes = (blocks.rows, window.kernel, *window.pairs, blocks.form.groups)
+    return geometry(tuple(x.shape), *sizes).out
 
 
 def pixels(x: Tensor) -> Tensor:
@@ -137,7 +139,7 @@ def pixels(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
-def _images(y: Tensor, out: tuple[int, ...]) -> Tensor:
+def images(y: Tensor, out: tuple[int, ...]) -> Tensor:
     """Pixels (N * H * W, C) as (N, C, H, W), channels last."""
     return y.view(out[0], *out[2:], out[1]).permute(0, 3, 1, 2)
 
@@ -146,20 +148,23 @@ def _implicit(
     blocks: blob.Blocks,
     x: Tensor,
     bias: Tensor | None,
-    pairs: Any,
-    out: Any,
+    window: Window,
+    out: tuple[int, int, int, int],
     code: int,
     added: Tensor | None,
 ) -> Tensor:
-    from kernels.cuda import implicit  # not at the top: Triton is imported only where it is needed
+    from kernels.cuda import implicit, many  # not at the top: Triton comes where it is needed
 
-    wide, x = None if bias is None else bias.float(), _aligned(x)
-    added = None if added is None else _aligned(added)
+    wide = None if bias is None else bias.float()
+    walked = (many.packed(blocks), aligned(x), wide, window, out, code)
+    added = None if added is None else aligned(added)
     with torch.cuda.device(x.device):
-        return implicit.conv2d(blocks, x, wide, implicit.Walk(*pairs), out, code, residual=added)
+        return implicit.conv2d(*walked, rounding=precision(), residual=added)
 
 
-def _aligned(x: Tensor) -> Tensor:
+def aligned(x: Tensor) -> Tensor:
+    """Gives images with channels last and from a multiple of 16 bytes on, for the copy engine."""
+    x = x.contiguous(memory_format=torch.channels_last)
     return x.clone() if x.data_ptr() % 16 else x
 
 

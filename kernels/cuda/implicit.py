@@ -16,21 +16,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.cuda.blob import Blocks
-from kernels.cuda.many import TYPES, after, early, finished, placed, weights
-from kernels.cuda.rounding import precision
+from kernels.cuda.many import TYPES, Walk, after, early, finished, fitting, placed, weights
+from kernels.window import Pair, Window
 
-Pair = tuple[int, int]
 Box = tuple[int, int, int]
-
-
-@dataclass(frozen=True)
-class Walk:
-    """How a convolution walks, pairs are (height, width)."""
-
-    stride: Pair
-    padding: Pair
-    dilation: Pair
 
 
 @dataclass(frozen=True)
@@ -57,23 +46,27 @@ class Plan:
     bulk: bool
 
 
-def plan(blocks: Blocks, x: Tensor, out: tuple[int, ...], walk: Walk) -> Plan:
+def plan(
+    walk: Walk, x: Tensor, out: tuple[int, ...], window: Window, rounding: str = "ieee"
+) -> Plan:
     """What was fastest on an H200 for an output (N, C, H, W) and blocks of this height."""
     images, _, height, width = out
     few = images * height * width < 2**10
     warps = 8 if x.element_size() > 2 else 4
-    best = box((images, height, width), 64 if few else 128)
-    return Plan(best, 1, False, warps, 3, min(64, blocks.block[1]), _bulk(blocks, x, walk))
+    pixels, step = 64 if few else 128, min(64, walk.block[1])
+    bulk = brings(x, window.stride, rounding) and len(walk.columns) > 0
+    size = (pixels + walk.block[0]) * step * x.element_size()
+    stages = fitting(3, size, bulk, x.device)
+    return Plan(box((images, height, width), pixels), 1, False, warps, stages, step, bulk)
 
 
-def _bulk(blocks: Blocks, x: Tensor, walk: Walk) -> bool:
-    """Whether the copy engine can walk so: strides divide the image, and there is a block."""
+def brings(x: Tensor, stride: Pair, rounding: str) -> bool:
+    """Whether the copy engine brings boxes of x: there is one, and strides divide the image."""
     if not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] < 9:
         return False
-    if x.element_size() > 2 and precision() != "tf32":  # tiles would spill
+    if x.element_size() > 2 and rounding != "tf32":  # tiles would spill
         return False
-    whole = x.shape[2] % walk.stride[0] == 0 and x.shape[3] % walk.stride[1] == 0
-    return whole and len(blocks.columns) > 0
+    return x.shape[2] % stride[0] == 0 and x.shape[3] % stride[1] == 0
 
 
 @lru_cache(maxsize=4096)
@@ -90,56 +83,78 @@ def covered(sizes: Box, box: Box) -> int:
 
 
 def conv2d(
-    blocks: Blocks,
+    walk: Walk,
     x: Tensor,
     bias: Tensor | None,
-    walk: Walk,
+    window: Window,
     out: tuple[int, int, int, int],
-    activation: int,
+    activation: int = 0,
     how: Plan | None = None,
+    rounding: str = "ieee",
     residual: Tensor | None = None,
 ) -> Tensor:
-    """Gives y of shape `out` (N, C, H, W) of x (N, C, H, W), both channels last; bias float32.
+    """Gives y of shape `out` (N, C, H, W) of x (N, C, H, W), both channels last.
 
-    A residual like y is added before the activation.
+    A stride of 1 admits a padding below zero. A residual like y is added before the activation.
     """
-    how = how or plan(blocks, x, out, walk)
+    how = how or plan(walk, x, out, window, rounding)
     y = torch.empty(out, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    (images, channels, height, width), (block_rows, block_columns) = x.shape, blocks.block
+    (images, channels, height, width), (block_rows, block_columns) = x.shape, walk.block
     boxes = covered((out[0], *out[2:]), how.box) // prod(how.box)
-    flat = blocks.values.view(-1, block_columns)
+    flat = walk.values.view(-1, walk.values.shape[2])
     given: tuple[Any, Any] = (x, flat)
     added: Any = y if residual is None else residual
     to: Any = y
     if how.bulk:
+        step = [block_rows, how.step] if walk.places is None else [how.step, block_rows]
         given = (
-            TensorDescriptor.from_tensor(_by_stride(x, walk.stride), _window(how)),
-            TensorDescriptor.from_tensor(flat, [block_rows, how.step]),
+            boxes_under(x, window.stride, how.box, how.step),
+            TensorDescriptor.from_tensor(flat, step),
         )
-        tile = [*how.box, block_rows]
-        added, to = (TensorDescriptor.from_tensor(_last(t), tile) for t in (added, y))
-    _conv2d[(boxes * (blocks.rows // block_rows),)](
-        *given, blocks.order, blocks.starts, blocks.columns,
-        bias if bias is not None else blocks.starts, added, to,
-        images, height, width, out[2], out[3], blocks.rows,
+        added, to = (boxes_at(t, how.box, block_rows) for t in (added, y))
+    _conv2d[(boxes * (walk.rows // block_rows),)](
+        *given, walk.order, walk.starts, walk.columns,
+        walk.starts if walk.places is None else walk.places,
+        bias if bias is not None else walk.starts, added, to,
+        images, height, width, out[2], out[3], walk.rows,
         HEIGHT=block_rows, WIDTH=block_columns, STEP=how.step, STEPS=block_columns // how.step,
-        CHANNELS=channels, ACROSS=blocks.form.kernel[1],
-        STRIDE_H=walk.stride[0], STRIDE_W=walk.stride[1], PAD_H=walk.padding[0],
-        PAD_W=walk.padding[1], APART_H=walk.dilation[0], APART_W=walk.dilation[1],
         IMAGES=how.box[0], TALL=how.box[1], WIDE=how.box[2], GROUP=how.group, SORTED=how.sorted,
-        BULK=how.bulk, BIAS=bias is not None, ADDED=residual is not None,
-        ACTIVATION=activation, PRECISION=precision(),
-        OUT=TYPES[x.dtype], num_warps=how.warps, num_stages=how.stages,
-        **early(how.bulk),
+        BULK=how.bulk, EARLY=how.bulk and walk.fixed, PLACES=walk.places is not None,
+        BIAS=bias is not None, ADDED=residual is not None, ACTIVATION=activation,
+        PRECISION=rounding, OUT=TYPES[x.dtype], num_warps=how.warps, num_stages=how.stages,
+        **constants(window, channels), **early(how.bulk and walk.fixed),
     )  # fmt: skip
     return y
 
 
-def _by_stride(x: Tensor, stride: Pair) -> Tensor:
-    """Channels-last x so that steps of a stride are steps of one: (N, H/s, s, W/s, s * C)."""
-    images, channels, height, width = x.shape
-    down, across = height // stride[0], width // stride[1]
-    return x.permute(0, 2, 3, 1).view(images, down, stride[0], across, stride[1] * channels)
+def constants(window: Window, channels: int) -> dict[str, int]:
+    """What kernels are compiled for, of a window over an image of so many channels."""
+    pairs = zip(("STRIDE", "PAD", "APART"), window.pairs, strict=True)
+    sides = {
+        f"{name}_{side}": n for name, pair in pairs for side, n in zip("HW", pair, strict=True)
+    }
+    return {"CHANNELS": channels, "ACROSS": window.kernel[1], **sides}
+
+
+def boxes_under(
+    x: Tensor, stride: Pair, box: Box, channels: int, last: bool = False
+) -> TensorDescriptor:
+    """Channels-last x in boxes of steps of a stride: (N, H/s, s, W/s, s * C), perhaps N later."""
+    down, across = x.shape[2] // stride[0], x.shape[3] // stride[1]
+    steps = _last(x).view(len(x), down, stride[0], across, stride[1] * x.shape[1])
+    tile = [box[0], box[1], 1, box[2], channels]
+    if last:
+        steps, tile = steps.permute(1, 2, 3, 0, 4), [*tile[1:4], box[0], channels]
+    return TensorDescriptor.from_tensor(steps, tile)
+
+
+def boxes_at(x: Tensor, box: Box, channels: int, last: bool = False) -> TensorDescriptor:
+    """Channels-last x in boxes: (N, H, W, C), or with the images before the channels."""
+    if last:
+        return TensorDescriptor.from_tensor(
+            _last(x).permute(1, 2, 0, 3), [*box[1:], box[0], channels]
+        )
+    return TensorDescriptor.from_tensor(_last(x), [*box, channels])
 
 
 def _last(x: Tensor) -> Tensor:
@@ -148,48 +163,82 @@ def _last(x: Tensor) -> Tensor:
     return last.view(-1).view(last.shape)
 
 
-def _window(how: Plan) -> list[int]:
-    return [how.box[0], how.box[1], 1, how.box[2], how.step]
-
-
 @triton.jit
-def _pixels(image, row, column, height, width):
+def _inside(image, row, column, height, width):
     """Where pixels lie, and whether they are inside their image."""
     inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
     return (image.to(tl.int64) * height + row) * width + column, inside
 
 
 @triton.jit
-def _under(
-    x, corner, pixels, dy, dx, channel, height, width,
-    CHANNELS: tl.constexpr, STEP: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
-    UP: tl.constexpr, LEFT: tl.constexpr, PIXELS: tl.constexpr, BULK: tl.constexpr,
+def pixels_of(
+    box, images, height, width, IMAGES: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr,
+    LAST: tl.constexpr,
 ):  # fmt: skip
-    """The pixels under a kernel position (pixels, STEP): dy, dx behind UP, LEFT whole strides."""
+    """The corner of a box, its pixels (image, row, column, is there one), and where they lie.
+
+    LAST: pixels of all images at one place lie beside each other, not an image's pixels.
+    """
+    down, across = tl.cdiv(height, TALL), tl.cdiv(width, WIDE)
+    corner = (box // (down * across) * IMAGES, box // across % down * TALL, box % across * WIDE)
+    pixel = tl.arange(0, IMAGES * TALL * WIDE)
+    if LAST:
+        image, pixel = corner[0] + pixel % IMAGES, pixel // IMAGES
+    else:
+        image, pixel = corner[0] + pixel // (TALL * WIDE), pixel % (TALL * WIDE)
+    row, column = corner[1] + pixel // WIDE, corner[2] + pixel % WIDE
+    place, inside = _inside(image, row, column, height, width)
+    return corner, (image, row, column, inside & (image < images)), place
+
+
+@triton.jit
+def boxes_of(images, height, width, IMAGES: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr):
+    """How many boxes cover all pixels."""
+    return tl.cdiv(images, IMAGES) * tl.cdiv(height, TALL) * tl.cdiv(width, WIDE)
+
+
+@triton.jit
+def tile_under(
+    x, corner, pixels, at, height, width,
+    CHANNELS: tl.constexpr, ACROSS: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr, PAD_W: tl.constexpr, APART_H: tl.constexpr, APART_W: tl.constexpr,
+    PIXELS: tl.constexpr, STEP: tl.constexpr, BULK: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """What columns `at` and after of the weight multiply, (pixels, STEP), of a box of outputs."""
+    UP: tl.constexpr = (PAD_H + STRIDE_H - 1) // STRIDE_H  # strides, so that no rest is negative
+    LEFT: tl.constexpr = (PAD_W + STRIDE_W - 1) // STRIDE_W
+    dy = at // CHANNELS // ACROSS * APART_H - PAD_H + UP * STRIDE_H
+    dx = at // CHANNELS % ACROSS * APART_W - PAD_W + LEFT * STRIDE_W
     if BULK:
-        box = x.load([
-            corner[0], corner[1] - UP + dy // STRIDE_H, dy % STRIDE_H,
-            corner[2] - LEFT + dx // STRIDE_W, dx % STRIDE_W * CHANNELS + channel,
-        ])  # fmt: skip
+        down, across = corner[1] - UP + dy // STRIDE_H, corner[2] - LEFT + dx // STRIDE_W
+        rest, beside = dy % STRIDE_H, dx % STRIDE_W * CHANNELS + at % CHANNELS
+        if LAST:
+            box = x.load([down, rest, across, corner[0], beside])
+        else:
+            box = x.load([corner[0], down, rest, across, beside])
         return box.reshape([PIXELS, STEP])
     else:
         image, row, column, real = pixels
         row, column = (row - UP) * STRIDE_H + dy, (column - LEFT) * STRIDE_W + dx
-        place, inside = _pixels(image, row, column, height, width)
-        from_x = x + place[:, None] * CHANNELS + channel + tl.arange(0, STEP)[None, :]
+        place, inside = _inside(image, row, column, height, width)
+        from_x = x + place[:, None] * CHANNELS + at % CHANNELS + tl.arange(0, STEP)[None, :]
         return tl.load(from_x, mask=(inside & real)[:, None], other=0.0)
 
 
 @triton.jit
-def _others(
-    added, corner, row, here, real, PIXELS: tl.constexpr, HEIGHT: tl.constexpr, BULK: tl.constexpr
-):
-    """What is added to the sums (pixels, HEIGHT)."""
+def tile_at(
+    source, corner, row, here, real, PIXELS: tl.constexpr, HEIGHT: tl.constexpr,
+    BULK: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """Channels `row` and after of a box of pixels (pixels, HEIGHT), which lie `here`."""
     if BULK:
-        part = added.load([corner[0], corner[1], corner[2], row]).reshape([PIXELS, HEIGHT])
+        if LAST:
+            box = source.load([corner[1], corner[2], corner[0], row])
+        else:
+            box = source.load([corner[0], corner[1], corner[2], row])
+        return box.reshape([PIXELS, HEIGHT])
     else:
-        part = tl.load(added + here, mask=real[:, None], other=0.0)
-    return part.to(tl.float32)
+        return tl.load(source + here, mask=real[:, None], other=0.0)
 
 
 @triton.jit
@@ -204,46 +253,50 @@ def _put(
         tl.store(y + here, total, mask=real[:, None])
 
 
-@triton.jit
+# lists may lie anywhere: parts of one tensor
+@triton.jit(do_not_specialize_on_alignment=["order", "starts", "columns", "places"])
 def _conv2d(
-    x, values, order, starts, columns, bias, added, y,
+    x, values, order, starts, columns, places, bias, added, y,
     images, height, width, out_height, out_width, rows,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr,
     CHANNELS: tl.constexpr, ACROSS: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, APART_H: tl.constexpr, APART_W: tl.constexpr,
     IMAGES: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr, GROUP: tl.constexpr,
-    SORTED: tl.constexpr, BULK: tl.constexpr, BIAS: tl.constexpr, ADDED: tl.constexpr,
-    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, OUT: tl.constexpr,
+    SORTED: tl.constexpr, BULK: tl.constexpr, EARLY: tl.constexpr, PLACES: tl.constexpr,
+    BIAS: tl.constexpr, ADDED: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    OUT: tl.constexpr,
 ):  # fmt: skip
     PIXELS: tl.constexpr = IMAGES * TALL * WIDE
-    UP: tl.constexpr = (PAD_H + STRIDE_H - 1) // STRIDE_H  # strides, so that no rest is negative
-    LEFT: tl.constexpr = (PAD_W + STRIDE_W - 1) // STRIDE_W
-    down, across = tl.cdiv(out_height, TALL), tl.cdiv(out_width, WIDE)
-    box, line = placed(tl.cdiv(images, IMAGES) * down * across, rows // HEIGHT, GROUP)
+    count = boxes_of(images, out_height, out_width, IMAGES, TALL, WIDE)
+    box, line = placed(count, rows // HEIGHT, GROUP)
     if SORTED:
         line = tl.load(order + line)
-    corner = (box // (down * across) * IMAGES, box // across % down * TALL, box % across * WIDE)
-    pixel = tl.arange(0, PIXELS)
-    image, out_row = corner[0] + pixel // (TALL * WIDE), corner[1] + pixel // WIDE % TALL
-    place, inside = _pixels(image, out_row, corner[2] + pixel % WIDE, out_height, out_width)
-    pixels = (image, out_row, corner[2] + pixel % WIDE, inside & (image < images))
+    corner, pixels, spot = pixels_of(box, images, out_height, out_width, IMAGES, TALL, WIDE, False)
     begin, end = tl.load(starts + line), tl.load(starts + line + 1)
     next_at = tl.load(columns + begin, mask=begin < end, other=0)
-    after(BULK)
+    next_place = next_at
+    if PLACES:
+        next_place = tl.load(places + begin, mask=begin < end, other=0)
+    after(EARLY)
     total = tl.zeros([HEIGHT, PIXELS], tl.float32)
     for i in range(begin * STEPS, end * STEPS):
-        at = next_at * WIDTH + i % STEPS * STEP
-        # asked for a step ahead: what it brings waits for it
-        next_at = tl.load(columns + tl.minimum((i + 1) // STEPS, end - 1))
-        w = weights(values, i // STEPS, i % STEPS * STEP, HEIGHT, WIDTH, STEP, BULK, False)
-        dy = at // CHANNELS // ACROSS * APART_H - PAD_H + UP * STRIDE_H
-        dx = at // CHANNELS % ACROSS * APART_W - PAD_W + LEFT * STRIDE_W
-        part = _under(x, corner, pixels, dy, dx, at % CHANNELS, height, width,
-                      CHANNELS, STEP, STRIDE_H, STRIDE_W, UP, LEFT, PIXELS, BULK)  # fmt: skip
+        block, side = i // STEPS, i % STEPS * STEP
+        at = next_at * WIDTH + side
+        # asked for a step ahead: what they bring waits for them
+        ahead = tl.minimum((i + 1) // STEPS, end - 1)
+        next_at = tl.load(columns + ahead)
+        if PLACES:
+            block, next_place = next_place, tl.load(places + ahead)
+        w = weights(values, block, side, HEIGHT, WIDTH, STEP, BULK, PLACES)
+        part = tile_under(
+            x, corner, pixels, at, height, width, CHANNELS, ACROSS, STRIDE_H, STRIDE_W,
+            PAD_H, PAD_W, APART_H, APART_W, PIXELS, STEP, BULK, False,
+        )  # fmt: skip
         total = tl.dot(w, part.T, total, input_precision=PRECISION)
     row, total = line * HEIGHT + tl.arange(0, HEIGHT), total.T
-    here = place[:, None] * rows + row[None, :]
+    here = spot[:, None] * rows + row[None, :]
+    first, real = line * HEIGHT, pixels[3]
     if ADDED:
-        total += _others(added, corner, line * HEIGHT, here, pixels[3], PIXELS, HEIGHT, BULK)
+        total += tile_at(added, corner, first, here, real, PIXELS, HEIGHT, BULK, False)
     total = finished(total, bias, row, BIAS, ACTIVATION, OUT)
-    _put(y, total, corner, line * HEIGHT, here, pixels[3], IMAGES, TALL, WIDE, HEIGHT, BULK)
+    _put(y, total, corner, first, here, real, IMAGES, TALL, WIDE, HEIGHT, BULK)

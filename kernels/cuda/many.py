@@ -10,7 +10,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.block_linear.index import BlockIndex
+from kernels.block_index import BlockIndex
 from kernels.cuda.blob import Blocks
 from kernels.cuda.driver import most_shared
 from kernels.cuda.rounding import precision
@@ -45,6 +45,12 @@ class Walk:
     fixed: bool = False
 
 
+def packed(blocks: Blocks) -> Walk:
+    """A packed weight."""
+    index = (blocks.starts, blocks.columns, blocks.order)
+    return Walk(blocks.rows, blocks.channels, blocks.block, *index, blocks.values, fixed=True)
+
+
 def by_rows(index: BlockIndex, values: Tensor) -> Walk:
     """The weight of an index; values (blocks, h, w)."""
     sizes, lists = (index.out_features, index.in_features), (index.starts, index.columns)
@@ -52,8 +58,12 @@ def by_rows(index: BlockIndex, values: Tensor) -> Walk:
 
 
 def by_columns(index: BlockIndex, values: Tensor) -> Walk:
-    """The weight of an index transposed; values (blocks, h, w) stay as they lie."""
-    sizes, lists = (index.in_features, index.out_features), (index.column_starts, index.rows)
+    """The weight of an index transposed; values (blocks, h, w) stay as they lie.
+
+    Of several taps it is flipped too: (in, taps * out).
+    """
+    sizes = (index.channels, index.taps * index.out_features)
+    lists = (index.column_starts, index.rows)
     block = (index.block[1], index.block[0])
     return Walk(*sizes, block, *lists, index.column_order, values, index.places)
 
@@ -122,9 +132,7 @@ def linear(
     residual: Tensor | None = None,
 ) -> Tensor:
     """Gives y (tokens, rows) of x (tokens, channels), contiguous; bias float32."""
-    index = (blocks.starts, blocks.columns, blocks.order)
-    walk = Walk(blocks.rows, blocks.channels, blocks.block, *index, blocks.values, fixed=True)
-    return product(walk, x, bias, activation, how, precision(), residual)
+    return product(packed(blocks), x, bias, activation, how, precision(), residual)
 
 
 def product(

@@ -1,7 +1,7 @@
 """A product sampled at blocks, in Triton: the gradient of a block-sparse weight, where it is kept.
 
 A program takes a group of blocks of one row, which share their tile of the output's gradient, and
-a part of the tokens; the parts' sums are added in order.
+a part of the tokens; the parts' sums are added in order. Of convolutions: `sampled_conv2d`.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.block_linear.index import BlockIndex
+from kernels.block_index import BlockIndex
 from kernels.cuda.many import TYPES, tile_of
 
 _PROGRAMS = 1.75  # of a multiprocessor
@@ -40,17 +40,27 @@ class Plan:
     bulk: bool
 
 
-def plan(index: BlockIndex, x: Tensor, precision: str = "ieee") -> Plan:
-    """A plan for x (tokens, in)."""
+def plan(
+    index: BlockIndex, x: Tensor, tokens: int, precision: str = "ieee", boxes: bool = True
+) -> Plan:
+    """A plan for so many tokens.
+
+    Args:
+        index: of the blocks.
+        x: what the gradient is multiplied by, of any shape.
+        tokens: that are multiplied: of a convolution its output's pixels.
+        precision: of products in float32.
+        boxes: whether the copy engine can bring what is multiplied.
+    """
     bulk, processors, wide = False, 1, x.element_size() > 2
     if x.is_cuda:
-        newer = torch.cuda.get_device_capability(x.device)[0] >= 9
+        newer = boxes and torch.cuda.get_device_capability(x.device)[0] >= 9
         bulk = newer and (not wide or precision == "tf32")
         processors = torch.cuda.get_device_properties(x.device).multi_processor_count
     step = 32 if wide else 64
     held = (index.groups.shape[1] - 2) * index.block[0] * index.block[1]
     split = round(_PROGRAMS * processors / max(1, len(index.groups)))
-    split = max(1, min(split, len(x) // (4 * step)))
+    split = max(1, min(split, tokens // (4 * step)))
     return Plan(split, step, 4 if bulk and not wide and held <= 16384 else 8, 3, bulk)
 
 
@@ -58,14 +68,12 @@ def weight_grad(
     index: BlockIndex, grad: Tensor, x: Tensor, how: Plan | None = None, precision: str = "ieee"
 ) -> Tensor:
     """Gives grad^T x (blocks, h, w) at the blocks; grad (tokens, out) and x contiguous."""
-    how = how or plan(index, x, precision)
+    how = how or plan(index, x, len(x), precision)
     block = index.block
     given = x.new_empty(len(index.columns), *block)
     if not len(given) or not len(x):
         return given.zero_()
-    sums = given
-    if how.split > 1:
-        sums = x.new_empty(how.split, *given.shape, dtype=torch.float32)
+    sums = parts_of(given, how)
     tiles: tuple[Any, Any] = (grad, x)
     if how.bulk:
         tiles = (
@@ -79,6 +87,18 @@ def weight_grad(
         BULK=how.bulk, PRECISION=precision, OUT=TYPES[sums.dtype],
         num_warps=how.warps, num_stages=how.stages,
     )  # fmt: skip
+    return added(sums, given, how)
+
+
+def parts_of(given: Tensor, how: Plan) -> Tensor:
+    """Where the sums of each part go: into the result, or before they are added."""
+    if how.split == 1:
+        return given
+    return given.new_empty(how.split, *given.shape, dtype=torch.float32)
+
+
+def added(sums: Tensor, given: Tensor, how: Plan) -> Tensor:
+    """The result, of the sums of each part."""
     if how.split > 1:
         programs = (triton.cdiv(given.numel(), _ADDED),)
         _add[programs](sums, given, given.numel(), SPLIT=how.split, SIZE=_ADDED)
@@ -91,6 +111,20 @@ def _sampled(
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr,
     BULK: tl.constexpr, PRECISION: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
+    row, first, columns, held, part = group_of(groups, count, SIZE)
+    begin, end = steps_of(tl.cdiv(tokens, STEP), part, split)
+    out = sums + (part.to(tl.int64) * blocks + first) * HEIGHT * WIDTH
+    for size in tl.static_range(1, SIZE + 1):  # a loop for each size: none multiplies in vain
+        if held == size:
+            _blocks(
+                grad, x, row, columns, out, begin, end, tokens, rows, channels,
+                size, HEIGHT, WIDTH, STEP, BULK, PRECISION, OUT,
+            )  # fmt: skip
+
+
+@triton.jit
+def group_of(groups, count, SIZE: tl.constexpr):
+    """A program's group: row, first place, columns, how many it has; and its part of the steps."""
     # all groups of a part of the tokens run side by side, so that x is read once from memory
     group, part = tl.program_id(0) % count, tl.program_id(0) // count
     group = groups + group * (SIZE + 2)
@@ -101,16 +135,14 @@ def _sampled(
         column = tl.load(group + 2 + i)
         columns += (column,)
         held += (column >= 0).to(tl.int32)
-    steps = tl.cdiv(tl.cdiv(tokens, STEP), split)
-    begin = part * steps
-    end = tl.minimum(begin + steps, tl.cdiv(tokens, STEP))
-    out = sums + (part.to(tl.int64) * blocks + first) * HEIGHT * WIDTH
-    for size in tl.static_range(1, SIZE + 1):  # a loop for each size: none multiplies in vain
-        if held == size:
-            _blocks(
-                grad, x, row, columns, out, begin, end, tokens, rows, channels,
-                size, HEIGHT, WIDTH, STEP, BULK, PRECISION, OUT,
-            )  # fmt: skip
+    return row, first, columns, held, part
+
+
+@triton.jit
+def steps_of(steps, part, split):
+    """The first step of a part, and that behind its last."""
+    each = tl.cdiv(steps, split)
+    return part * each, tl.minimum(part * each + each, steps)
 
 
 @triton.jit
@@ -129,6 +161,14 @@ def _blocks(
             part = tile_of(x, i * STEP, columns[k] * WIDTH, tokens, channels, STEP, WIDTH, BULK)
             found += (tl.dot(shared, part, totals[k], input_precision=PRECISION),)
         totals = found
+    put(out, totals, SIZE, HEIGHT, WIDTH, OUT)
+
+
+@triton.jit
+def put(
+    out, totals, SIZE: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, OUT: tl.constexpr
+):
+    """Writes blocks one after another."""
     place = tl.arange(0, HEIGHT)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     for k in tl.static_range(SIZE):
         tl.store(out + k * HEIGHT * WIDTH + place, totals[k].to(OUT))

@@ -8,9 +8,8 @@ import torch
 from kernels import measured
 from kernels.cuda.blob import Blocks
 from kernels.cuda.rounding import narrowed
+from kernels.window import Window
 
-Pair = tuple[int, ...]
-Walk = tuple[Pair, Pair, Pair]  # stride, padding and dilation of a convolution
 _tables: MutableMapping[Blocks, dict[Hashable, str]] = WeakKeyDictionary()
 
 
@@ -24,11 +23,11 @@ def linear_case(blocks: Blocks, tokens: int) -> str:
     return " ".join([*_weight(blocks, False), "tokens", str(bucket(tokens))])
 
 
-def conv2d_case(blocks: Blocks, shape: tuple[int, ...], walk: Walk) -> str:
+def conv2d_case(blocks: Blocks, shape: tuple[int, ...], window: Window) -> str:
     """The same for a convolution of x (N, C, H, W)."""
     searched = "searched" if torch.backends.cudnn.benchmark else ""
-    words = ["kernel", blocks.form.kernel, "groups", blocks.form.groups, searched]
-    words += ["of", (bucket(shape[0]), *shape[1:]), "walked", walk]
+    words = ["kernel", window.kernel, "groups", blocks.form.groups, searched]
+    words += ["of", (bucket(shape[0]), *shape[1:]), "stride, padding, dilation", *window.pairs]
     return " ".join([*_weight(blocks, True), *(str(word) for word in words if word)])
 
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from kernels import measured
 from kernels.cuda import blob, clock, conv2d, linear, table
 from kernels.cuda.rounding import bound
+from kernels.window import Window
 
 ROUNDS = 15
 _CHECKED = 2048  # tokens or pixels at the beginning, and as many at the end
@@ -42,8 +43,8 @@ class Problem:
     true: Callable[[Tensor], Tensor]
 
 
-def tune(data: Tensor, x: Tensor, anew: bool = False, walk: Any = None) -> dict[str, float]:
-    """See `kernels.tune`; `data` are the bytes of the packed weight, `walk` of a convolution."""
+def tune(data: Tensor, x: Tensor, anew: bool = False, pairs: Any = ()) -> dict[str, float]:
+    """See `kernels.tune`; `data` are the bytes of the packed weight, `pairs` a convolution's."""
     blocks = blob.read(data)
     linear.check("tune", x, blocks, None)
     wide = blocks.channels // blocks.form.taps * blocks.form.groups
@@ -57,7 +58,11 @@ def tune(data: Tensor, x: Tensor, anew: bool = False, walk: Any = None) -> dict[
         raise ValueError(f"tune: x must be {law}, not empty, got {tuple(x.shape)}")
     if not bool(x.isfinite().all()):
         raise ValueError("tune: x must be finite, so that results can be checked")
-    problem = _convolution(blocks, x, walk) if conv else _product(blocks, x)
+    problem = (
+        _convolution(blocks, x, Window(blocks.form.kernel, *pairs))
+        if conv
+        else _product(blocks, x)
+    )
     times = measured.times(x.device)
     us = None if anew else times.of(problem.case, problem.calls)
     if us is None:
@@ -81,23 +86,23 @@ def _product(blocks: blob.Blocks, x: Tensor) -> Problem:
     return Problem(blocks, False, tokens, key, case, calls, true)
 
 
-def _convolution(blocks: blob.Blocks, x: Tensor, walk: conv2d.Walk) -> Problem:
-    if conv2d.is_product(blocks, walk):
+def _convolution(blocks: blob.Blocks, x: Tensor, window: Window) -> Problem:
+    if conv2d.is_product(blocks, window):
         return _product(blocks, conv2d.pixels(x))
     last = x.contiguous(memory_format=torch.channels_last)
-    out = conv2d.shape_of(blocks, last, walk)
+    out = conv2d.shape_of(blocks, last, window)
     calls = {
-        name: partial(conv2d.compute, name, blocks, last, None, walk, out)
+        name: partial(conv2d.compute, name, blocks, last, None, window, out)
         for name in conv2d.takers(blocks)
     }
     weight = blocks.form.weight(blob.unpack(blocks)).double()
-    true = partial(_convolved, weight, walk, blocks.form.groups)
-    case = table.conv2d_case(blocks, tuple(x.shape), walk)
-    return Problem(blocks, True, last, conv2d.key(last, walk), case, calls, true)
+    true = partial(_convolved, weight, window, blocks.form.groups)
+    case = table.conv2d_case(blocks, tuple(x.shape), window)
+    return Problem(blocks, True, last, conv2d.key(last, window), case, calls, true)
 
 
-def _convolved(weight: Tensor, walk: conv2d.Walk, groups: int, x: Tensor) -> Tensor:
-    return F.conv2d(x, weight, None, *walk, groups)
+def _convolved(weight: Tensor, window: Window, groups: int, x: Tensor) -> Tensor:
+    return F.conv2d(x, weight, None, *window.pairs, groups)
 
 
 def _measure(problem: Problem) -> dict[str, float]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kernels
-from kernels.block_linear.index import BlockIndex, block_index, block_mask, gather, scatter
+from kernels.block_index import BlockIndex, block_index, block_mask, gather, scatter
 from tests.kernels import draws
 
 ops = torch.ops.sparse_nas
@@ -99,7 +99,7 @@ def test_the_index_walks_every_block_once_each_way(
     rows: int, columns: int, density: float, group: int, seed: int
 ) -> None:
     mask = draws.weight(seed, (rows, columns), density, 1).ne(0)
-    index = block_index(mask, (1, 1), group)
+    index = block_index(mask, (1, 1), group=group)
     assert index.lists.dtype is index.groups.dtype is torch.int32
     place = {tuple(at): i for i, at in enumerate(mask.nonzero().tolist())}
     by_column = []

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kernels
-from kernels.block_linear.index import BlockIndex, block_index, gather, scatter
+from kernels.block_index import BlockIndex, block_index, gather, scatter
 from kernels.cuda.blob import SIZES
 from kernels.cuda.rounding import precision
 

@@ -11,6 +11,7 @@ import kernels
 from kernels.cuda import blob
 from kernels.cuda.conv2d import chosen
 from kernels.reference import activate
+from kernels.window import Window
 
 pytestmark = [
     pytest.mark.gpu,
@@ -96,7 +97,9 @@ def test_groups_and_zeros_anywhere_are_dense(groups: int) -> None:
     check(x, weight, None, (*WALKS[0][:3], groups), "gelu")
     packed = kernels.pack_conv2d(weight, groups)
     assert packed.meta["block"] == "dense"
-    assert chosen(blob.read(packed.data), x, (4, 64, 9, 9), WALKS[0][:3]) == "dense"
+    assert (
+        chosen(blob.read(packed.data), x, (4, 64, 9, 9), Window((3, 3), *WALKS[0][:3])) == "dense"
+    )
     assert torch.equal(kernels.dense(packed), weight)
 
 

@@ -5,17 +5,20 @@ The interpreter computes float32 and float16 right, bfloat16 not.
 
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+from kernels.block_conv2d import reference as of_images
+from kernels.block_index import BlockIndex, block_index, flat
 from kernels.block_linear import reference
-from kernels.block_linear.index import BlockIndex, block_index
 from kernels.calls import ACTIVATIONS
 from kernels.cuda import blob, pack
 from kernels.reference import activate
+from kernels.window import Window
 
 pytest.importorskip("triton")
 BOUND = {torch.float32: 1e-6, torch.float16: 1e-3}
@@ -75,7 +78,7 @@ def index_of(block: tuple[int, int], group: int | None = None) -> BlockIndex:
     """Of 6 x 9 blocks; a row and a column are empty, a row is full."""
     mask = torch.rand(6, 9) < 0.4
     mask[0], mask[1], mask[:, 3] = True, False, False
-    return block_index(mask, block, group)
+    return block_index(mask, block, group=group)
 
 
 def close(y: torch.Tensor, true: torch.Tensor) -> bool:
@@ -129,21 +132,115 @@ WALKS = [
 @pytest.mark.parametrize("block", [(16, 16), (64, 32)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_convolution(dtype: torch.dtype, block: tuple[int, int], walk: Any) -> None:
-    from kernels.cuda import implicit
+    from kernels.cuda import implicit, many
 
     stride, padding, dilation, kernel = walk
     torch.manual_seed(1)
     grid = torch.rand(128 // block[0], 64 // block[1], *kernel) < 0.4
     mask = grid.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
     weight, bias = (torch.randn(128, 64, *kernel) * mask).to(dtype), torch.randn(128)
-    blocks = blob.read(pack.pack_conv2d(weight).data)
+    blocks = many.packed(blob.read(pack.pack_conv2d(weight).data))
     x = torch.randn(3, 64, 9, 8).to(dtype).contiguous(memory_format=torch.channels_last)
     wide = (x.double(), weight.double(), bias.double())
     true = F.conv2d(*wide, stride, padding, dilation)
     out: Any = tuple(true.shape)
-    y = implicit.conv2d(blocks, x, bias, implicit.Walk(stride, padding, dilation), out, 1)
+    walked = (blocks, x, bias, Window(kernel, stride, padding, dilation), out)
+    y = implicit.conv2d(*walked, 1)
     assert close(y, true.relu())
     added = torch.randn(out).to(dtype).contiguous(memory_format=torch.channels_last)
-    walked = (blocks, x, bias, implicit.Walk(stride, padding, dilation), out)
     y = implicit.conv2d(*walked, 4, residual=added)
     assert close(y, F.gelu(true + added.double()))
+
+
+WINDOWS = [  # kernel, stride, padding, dilation
+    Window((3, 3), (1, 1), (1, 1), (1, 1)),
+    Window((3, 3), (2, 2), (1, 1), (1, 1)),
+    Window((3, 2), (1, 2), (4, 3), (2, 1)),  # padding may be more than the kernel reaches
+    Window((1, 1), (2, 1), (0, 0), (1, 1)),
+    Window((1, 1), (1, 1), (1, 2), (1, 1)),
+    Window((1, 1), (1, 1), (0, 0), (1, 1)),
+]
+
+
+def of_window(block: tuple[int, int], window: Window, group: int | None = None) -> BlockIndex:
+    """Of 3 x 4 blocks at each position; a row and input channels are empty, a row is full."""
+    mask = torch.rand(3, 4, *window.kernel) < 0.4
+    mask[0], mask[1], mask[:, 2] = True, False, False
+    return block_index(flat(mask), block, window.taps, group)
+
+
+def images(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    return torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+@pytest.fixture(params=[False, True])
+def bulk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """The CPU is taken for a GPU, which has a copy engine or not."""
+    from kernels.cuda import implicit, many
+
+    def brings(x: torch.Tensor, stride: tuple[int, int], _: str) -> bool:
+        return bool(request.param) and not any(
+            size % by for size, by in zip(x.shape[2:], stride, strict=True)
+        )
+
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(implicit, "brings", brings)
+    monkeypatch.setattr(many, "gdc_wait", lambda: None)
+    monkeypatch.setattr(many, "gdc_launch_dependents", lambda: None)
+    return bool(request.param)
+
+
+@pytest.mark.usefixtures("bulk")
+@pytest.mark.parametrize("size", [(1, 1, 1), (2, 8, 6)])
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize(
+    ("dtype", "block"), [(torch.float32, (16, 16)), (torch.float16, (32, 64))]
+)
+def test_a_convolution_of_blocks_and_its_gradients(
+    dtype: torch.dtype, block: tuple[int, int], window: Window, size: tuple[int, int, int]
+) -> None:
+    from kernels.cuda import block_conv2d
+
+    torch.manual_seed(size[2])
+    if min(window.out(size[1:])) < 1:
+        pytest.skip("nothing comes out")
+    index = of_window(block, window)
+    values = torch.randn(len(index.columns), *block).to(dtype)
+    x = images(dtype, size[0], index.channels, *size[1:])
+    grad = images(dtype, size[0], index.out_features, *window.out(size[1:]))
+    bias = torch.randn(index.out_features).to(dtype)
+    wide = (values.double(), index, window)
+    y = block_conv2d.forward(x, values, bias, index, window)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert close(y, of_images.forward(x.double(), wide[0], bias.double(), *wide[1:]))
+    given = block_conv2d.input_grad(grad, values, index, window, size[1:])
+    assert given.is_contiguous(memory_format=torch.channels_last)
+    assert close(given, of_images.input_grad(grad.double(), *wide, size[1:]))
+    found = block_conv2d.weight_grad(grad, x, index, window)
+    assert close(found, of_images.weight_grad(grad.double(), x.double(), *wide[1:]))
+
+
+@pytest.mark.parametrize("split", [1, 3])
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize(
+    ("dtype", "block", "group"), [(torch.float32, (16, 16), 4), (torch.float16, (32, 64), 1)]
+)
+def test_the_gradient_of_a_convolution_s_weight(
+    dtype: torch.dtype,
+    block: tuple[int, int],
+    group: int,
+    window: Window,
+    split: int,
+    bulk: bool,
+) -> None:
+    from kernels.cuda import sampled, sampled_conv2d
+
+    torch.manual_seed(split)
+    index = of_window(block, window, group)
+    size = (30 if split == 3 else 5, 2, 4)  # of many images a step takes one pixel each
+    x = images(dtype, size[0], index.channels, *size[1:])
+    grad = images(dtype, size[0], index.out_features, *window.out(size[1:]))
+    assert (sampled_conv2d.step_of((size[0], *grad.shape[2:]), 32)[0] == 32) == (split == 3)
+    how = sampled.Plan(split, 32, 4, 2, bulk)
+    found = sampled_conv2d.weight_grad(index, grad, x, window, how)
+    assert close(found, of_images.weight_grad(grad.double(), x.double(), index, window))

@@ -10,6 +10,7 @@ import torch
 
 from kernels.cuda import blob, few
 from kernels.cuda.driver import CompileError, image
+from kernels.window import Window
 
 TARGETS = ("sm_80", "sm_90")
 
@@ -128,23 +129,74 @@ def test_a_sampled_product_compiles(
     triton_makes(sampled._add, target, kinds, {"SPLIT": 4, "SIZE": 1024}, num_warps=4)
 
 
+def walking(stride: int, padding: int) -> dict[str, Any]:
+    """What kernels are compiled for, of a 3x3 over 256 channels."""
+    from kernels.cuda import implicit
+
+    pairs = ((stride, stride), (padding, padding), (1, 1))
+    return dict(implicit.constants(Window((3, 3), *pairs), 256))
+
+
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled then")
-@pytest.mark.parametrize("bulk", [True, False])
-@pytest.mark.parametrize("stride", [1, 2])
-def test_a_convolution_compiles(stride: int, bulk: bool) -> None:
+@pytest.mark.parametrize(("target", "bulk"), [(90, True), (90, False), (80, False)])
+@pytest.mark.parametrize(
+    ("stride", "padding", "places"), [(1, 1, False), (2, 1, False), (1, 1, True), (1, -2, True)]
+)
+def test_a_convolution_compiles(
+    stride: int, padding: int, places: bool, target: int, bulk: bool
+) -> None:
     """To products that read their tiles where the copy engine put them."""
     triton = pytest.importorskip("triton")
     from kernels.cuda import implicit
 
     boxes = {"x": (16, 4, 1, 4, 64), "values": (64, 64), "y": (16, 4, 4, 64)}
-    kinds = tiles(boxes, bulk) | dict.fromkeys(("order", "starts", "columns"), "*i32")
+    kinds = tiles(boxes, bulk) | {"bias": "*fp32"}
+    kinds |= dict.fromkeys(("order", "starts", "columns", "places"), "*i32")
     sizes = ("images", "height", "width", "out_height", "out_width", "rows")
-    kinds |= dict.fromkeys(sizes, "i32") | {"bias": "*fp32"}
-    fixed: dict[str, Any] = {"HEIGHT": 64, "WIDTH": 64, "STEP": 64, "STEPS": 1, "CHANNELS": 256}
-    fixed |= {"ACROSS": 3, "STRIDE_H": stride, "STRIDE_W": stride, "PAD_H": 1, "PAD_W": 1}
-    fixed |= {"APART_H": 1, "APART_W": 1, "IMAGES": 16, "TALL": 4, "WIDE": 4, "GROUP": 1}
-    fixed |= {"SORTED": True, "BULK": bulk, "BIAS": True, "ACTIVATION": 1, "PRECISION": "tf32"}
-    fixed |= {"OUT": triton.language.bfloat16}
-    ptx = triton_makes(implicit._conv2d, 90, kinds, fixed, num_warps=4, num_stages=3)
-    assert "wgmma.mma_async" in ptx and "ldmatrix" not in ptx
+    kinds |= dict.fromkeys(sizes, "i32")
+    fixed: dict[str, Any] = {"HEIGHT": 64, "WIDTH": 64, "STEP": 64, "STEPS": 1}
+    fixed |= walking(stride, padding) | {"IMAGES": 16, "TALL": 4, "WIDE": 4, "GROUP": 1}
+    fixed |= {
+        "SORTED": True,
+        "BULK": bulk,
+        "EARLY": bulk,
+        "PLACES": places,
+        "BIAS": True,
+        "ACTIVATION": 1,
+    }
+    fixed |= {"PRECISION": "tf32", "OUT": triton.language.bfloat16}
+    ptx = triton_makes(implicit._conv2d, target, kinds, fixed, num_warps=4, num_stages=3)
+    assert ("wgmma.mma_async" in ptx and "ldmatrix" not in ptx) == (target == 90)
     assert ("cp.async.bulk.tensor.5d" in ptx) == bulk
+
+
+@pytest.mark.skipif(INTERPRETED, reason="nothing is compiled then")
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("target", "bulk"), [(90, True), (90, False), (80, False)])
+@pytest.mark.parametrize(("block", "group"), [((64, 64), 2), ((128, 128), 1), ((16, 32), 2)])
+@pytest.mark.parametrize("box", [(64, 1, 1), (4, 4, 4)])
+def test_a_sampled_convolution_compiles(
+    box: tuple[int, int, int],
+    block: tuple[int, int],
+    group: int,
+    target: int,
+    bulk: bool,
+    stride: int,
+) -> None:
+    """Tiles of one pixel of each image are multiplied where the copy engine put them."""
+    triton = pytest.importorskip("triton")
+    from kernels.cuda import sampled_conv2d
+
+    images, tall, wide = box
+    shapes = {"grad": (tall, wide, images, block[0]), "x": (tall, 1, wide, images, block[1])}
+    kinds = tiles(shapes, bulk) | {"groups": "*i32", "sums": "*fp32"}
+    sizes = ("images", "height", "width", "out_height", "out_width", "rows")
+    kinds |= dict.fromkeys((*sizes, "blocks", "count", "split"), "i32")
+    fixed: dict[str, Any] = {"HEIGHT": block[0], "WIDTH": block[1], "SIZE": group}
+    fixed |= walking(stride, 1) | {"IMAGES": images, "TALL": tall, "WIDE": wide}
+    fixed |= {"BULK": bulk, "PRECISION": "tf32", "OUT": triton.language.float32}
+    ptx = triton_makes(sampled_conv2d._sampled, target, kinds, fixed, num_warps=4, num_stages=3)
+    fast = target == 90 and block[0] >= 64
+    assert ("wgmma.mma_async" if fast else "mma.sync") in ptx
+    assert not (fast and bulk and images == 64) or "ldmatrix" not in ptx
+    assert ("cp.async.bulk.tensor.5d" in ptx and "cp.async.bulk.tensor.4d" in ptx) == bulk

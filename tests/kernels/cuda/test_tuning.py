@@ -16,6 +16,7 @@ from torch.nn import functional as F
 import kernels
 from kernels import measured
 from kernels.cuda import blob, clock, conv2d, linear, pack, table, tuning
+from kernels.window import Window
 
 Call = Callable[[], Tensor]
 
@@ -202,15 +203,15 @@ def test_a_weight_that_was_met_in_inference_mode_can_be_written_to() -> None:
 def test_a_convolution_takes_what_was_measured(on_cpu: dict[str, float]) -> None:
     data = pack.pack_conv2d(weight(0.3).view(128, 16, 2, 4)).data
     blocks, x = blob.read(data), torch.randn(3, 16, 9, 9)
-    walk = ((1, 1), (1, 1), (1, 1))
-    out = conv2d.shape_of(blocks, x, walk)
-    assert conv2d.chosen(blocks, x, out, walk) == conv2d.takers(blocks)[-1] == "dense"
+    window = Window((2, 4), (1, 1), (1, 1), (1, 1))
+    out = conv2d.shape_of(blocks, x, window)
+    assert conv2d.chosen(blocks, x, out, window) == conv2d.takers(blocks)[-1] == "dense"
     on_cpu["dense"] = 7.0
-    assert tuning.tune(data, x, walk=walk) == {"dense": 7.0}
-    table.put(blocks, conv2d.key(x, walk), "gone")
-    assert conv2d.chosen(blocks, x, out, walk) == "dense"
+    assert tuning.tune(data, x, pairs=window.pairs) == {"dense": 7.0}
+    table.put(blocks, conv2d.key(x, window), "gone")
+    assert conv2d.chosen(blocks, x, out, window) == "dense"
     with pytest.raises(ValueError, match="larger than the padded"):
-        tuning.tune(data, x[:, :, :1, :1], walk=walk)
+        tuning.tune(data, x[:, :, :1, :1], pairs=window.pairs)
 
 
 def test_buckets_are_powers_of_two() -> None:

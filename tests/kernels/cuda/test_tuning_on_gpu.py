@@ -13,6 +13,7 @@ import kernels
 from kernels import measured
 from kernels.cuda import blob, clock, conv2d, linear, table
 from kernels.cuda.rounding import bound
+from kernels.window import Window
 
 pytestmark = [
     pytest.mark.gpu,
@@ -64,12 +65,13 @@ def test_a_convolution_is_tuned(kernel: int, share: float, dtype: torch.dtype) -
     us = kernels.tune(packed, x, stride=walk[0], padding=walk[1], dilation=walk[2])
     blocks = blob.read(packed.data)
     assert us.keys() == (set(conv2d.takers(blocks)) if kernel > 1 else us.keys()) and us
-    out = conv2d.shape_of(blocks, x, walk)
-    assert conv2d.name(blocks, x, out, walk) == min(us, key=us.__getitem__)
+    window = Window((kernel, kernel), *walk)
+    out = conv2d.shape_of(blocks, x, window)
+    assert conv2d.name(blocks, x, out, window) == min(us, key=us.__getitem__)
     true = F.conv2d(x.double(), weight.double(), None, *walk)
     for name in us if kernel > 1 else ():
-        table.put(blocks, conv2d.key(x, walk), name)
-        assert conv2d.chosen(blocks, x, out, walk) == name
+        table.put(blocks, conv2d.key(x, window), name)
+        assert conv2d.chosen(blocks, x, out, window) == name
         y = torch.ops.sparse_nas.sparse_conv2d(
             x, packed.data, None, 256, (kernel, kernel), *walk, 1
         )

@@ -1,4 +1,9 @@
-"""Which blocks of a weight are kept: made once of a mask, walked by rows and by columns."""
+"""Which blocks of a weight are kept: made once of a mask, walked by rows and by columns.
+
+A convolution's weight (out, in, kernel height, kernel width) is seen as a matrix (out, taps * in),
+see `flat`: a tap is a position of the kernel, a column is tap * in + channel, and a block lies
+within one tap.
+"""
 
 from dataclasses import dataclass, field, replace
 
@@ -11,14 +16,14 @@ _GROUP = 2  # blocks of a group at most: of more the last are fewer
 
 @dataclass(frozen=True, eq=False)
 class BlockIndex:
-    """Where the kept blocks of a weight (out, in) lie, for the product and its gradients.
+    """Where the kept blocks of a weight (out, taps * in) lie, for the product and its gradients.
 
     The place of a block is its number in `values` (blocks, block rows, block columns), where they
     lie row of blocks by row of blocks, in each by column. All tensors are int32.
 
     Attributes:
         out_features: rows of the weight.
-        in_features: columns of the weight.
+        in_features: columns of the weight, of all taps.
         block: rows and columns of a block.
         lists: (n,), all of the following one after another, so that an operator takes one tensor.
         groups: (groups, 2 + size), up to `size` blocks of a row that lie together: the row, the
@@ -26,10 +31,13 @@ class BlockIndex:
         starts: (rows of blocks + 1,), the place at which each row begins.
         columns: (blocks,), the column of blocks of each place, ascending in a row.
         order: (rows of blocks,), the longest first.
-        column_starts: (columns of blocks + 1,), where each column begins in the next two.
-        rows: (blocks,), the row of each block, walked column by column.
+        taps: positions of the kernel, row by row; 1 for a linear layer.
+        column_starts: (blocks of input channels + 1,), where those of each begin in the next two.
+        rows: (blocks,), walked input channels by input channels: (taps - 1 - tap) * rows of blocks
+            + the row of each block, ascending. So these lists are an index of the flipped kernel
+            with inputs and outputs exchanged, the one that gives a convolution's input gradient.
         places: (blocks,), its place.
-        column_order: (columns of blocks,), the longest first.
+        column_order: (blocks of input channels,), the longest first.
     """
 
     out_features: int
@@ -37,6 +45,7 @@ class BlockIndex:
     block: tuple[int, int]
     lists: Tensor
     groups: Tensor
+    taps: int = 1
     starts: Tensor = field(init=False)
     columns: Tensor = field(init=False)
     order: Tensor = field(init=False)
@@ -46,11 +55,17 @@ class BlockIndex:
     column_order: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        rows, columns = self.out_features // self.block[0], self.in_features // self.block[1]
+        rows = self.out_features // self.block[0]
+        columns = self.channels // self.block[1]
         count = blocks_of(self.lists, rows, columns)
         sizes = [rows + 1, count, rows, columns + 1, count, count, columns]
         for name, part in zip(_LISTS, torch.split(self.lists, sizes), strict=True):
             object.__setattr__(self, name, part)
+
+    @property
+    def channels(self) -> int:
+        """Columns of one tap: the input's channels."""
+        return self.in_features // self.taps
 
     def to(self, device: torch.device | str) -> "BlockIndex":
         """The same on a device."""
@@ -61,48 +76,58 @@ _LISTS = ("starts", "columns", "order", "column_starts", "rows", "places", "colu
 
 
 def blocks_of(lists: Tensor, rows: int, columns: int) -> int:
-    """How many blocks the lists of a `BlockIndex` of rows x columns of blocks name."""
+    """How many blocks the lists name, of a `BlockIndex` of rows x (taps) columns of blocks."""
     return (len(lists) - 2 * (rows + columns + 1)) // 3
 
 
-def block_index(mask: Tensor, block: tuple[int, int], group: int | None = None) -> BlockIndex:
+def block_index(
+    mask: Tensor, block: tuple[int, int], taps: int = 1, group: int | None = None
+) -> BlockIndex:
     """The index of the blocks that a mask keeps, on its device; waits for it.
 
     Args:
-        mask: (rows of blocks, columns of blocks) bool, as `block_mask` gives it of a weight.
+        mask: (rows of blocks, taps * columns of blocks) bool, as `block_mask` gives it.
         block: rows and columns of a block; on a GPU each 16, 32, 64 or 128 for the fast kernels.
+        taps: positions of a convolution's kernel.
         group: blocks of a row whose gradients are computed together; None: by their size.
 
     Raises:
-        ValueError: the mask is empty or not a matrix of bool, or a size is not positive.
+        ValueError: the mask is empty or not a matrix of bool, a size is not positive, or the
+            columns are not those of so many taps.
     """
     fits = mask.dim() == 2 and mask.dtype is torch.bool and mask.numel() > 0
-    if not fits or min(*block, 1 if group is None else group) < 1:
+    positive = min(*block, taps, 1 if group is None else group) > 0
+    if not fits or not positive or mask.shape[1] % taps:
         raise ValueError(
-            "block_index: needs a bool mask (rows of blocks, columns of blocks), a positive block "
-            f"and group, got {mask.dtype} {tuple(mask.shape)}, {block}, {group}"
+            "block_index: needs a bool mask (rows of blocks, taps * columns of blocks), positive "
+            f"block, taps and group, got {mask.dtype} {tuple(mask.shape)}, {block}, {taps}, "
+            f"{group}"
         )
     group = group or max(1, min(_GROUP, _SHARED // (block[0] * block[1])))
-    column = mask.nonzero()[:, 1]
-    turned_column, turned_row = mask.t().nonzero(as_tuple=True)
-    place = mask.flatten().cumsum(0).view(mask.shape) - 1
-    by_row, by_column = mask.sum(1), mask.sum(0)
+    column, place = mask.nonzero()[:, 1], mask.flatten().cumsum(0).view(mask.shape) - 1
+    turned = _turned(mask, taps)
+    by_row, by_column = mask.sum(1), turned.sum(1)
     lists = [
         _starts(by_row),
         column,
         by_row.argsort(descending=True, stable=True),
         _starts(by_column),
-        turned_row,
-        place[turned_row, turned_column],
+        turned.nonzero()[:, 1],
+        _turned(place, taps)[turned],
         by_column.argsort(descending=True, stable=True),
     ]
     sizes = mask.shape[0] * block[0], mask.shape[1] * block[1]
     groups = _groups(by_row, column, group)
-    return BlockIndex(*sizes, block, torch.cat(lists).int(), groups.int())
+    return BlockIndex(*sizes, block, torch.cat(lists).int(), groups.int(), taps)
+
+
+def _turned(grid: Tensor, taps: int) -> Tensor:
+    """Of (rows, taps * columns) the flipped and transposed (columns, taps * rows)."""
+    return grid.unflatten(1, (taps, -1)).flip(1).permute(2, 1, 0).flatten(1)  # type: ignore[no-untyped-call]
 
 
 def block_mask(weight: Tensor, block: tuple[int, int]) -> Tensor:
-    """Which blocks of a weight (out, in) hold a number other than 0, (out / h, in / w) bool.
+    """Which blocks of a matrix (out, in) hold a number other than 0, (out / h, in / w) bool.
 
     Raises:
         ValueError: the weight does not divide into such blocks.
@@ -111,19 +136,29 @@ def block_mask(weight: Tensor, block: tuple[int, int]) -> Tensor:
 
 
 def gather(weight: Tensor, index: BlockIndex) -> Tensor:
-    """The kept blocks of a weight (out, in): (blocks, h, w); differentiable."""
+    """The kept blocks of a matrix (out, taps * in): (blocks, h, w); differentiable."""
     counts = index.starts.diff()
     row = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
     return _grid(weight, index.block)[row, index.columns].contiguous()
 
 
 def scatter(values: Tensor, index: BlockIndex) -> Tensor:
-    """The weight (out, in) of kept blocks (blocks, h, w), zeros elsewhere; differentiable."""
+    """The matrix (out, taps * in) of kept blocks (blocks, h, w), else zeros; differentiable."""
     counts, (height, width) = index.starts.diff(), index.block
     row = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
     grid = values.new_zeros(len(counts), index.in_features // width, height, width)
     grid = grid.index_put((row, index.columns), values)
     return grid.transpose(1, 2).reshape(index.out_features, index.in_features)
+
+
+def flat(weight: Tensor) -> Tensor:
+    """A weight (out, in, kernel height, kernel width) as the matrix (out, taps * in)."""
+    return weight.permute(0, 2, 3, 1).flatten(1)
+
+
+def unflat(weight: Tensor, kernel: tuple[int, int]) -> Tensor:
+    """The weight (out, in, *kernel) of a matrix (out, taps * in); channels lie last in memory."""
+    return weight.view(len(weight), *kernel, -1).permute(0, 3, 1, 2)
 
 
 def mask_of(starts: Tensor, columns: Tensor, width: int) -> Tensor:

@@ -1,0 +1,1 @@
+"""Convolutions that train with blocks of zeros: `torch.ops.sparse_nas.block_conv2d`."""

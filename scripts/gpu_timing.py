@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from nas.latency import no_gc
 
 Call = Callable[[], Any]
 Make = Callable[[Tensor], Call]  # from a copy of the masked weight
@@ -160,8 +163,9 @@ def graph(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
     for call in calls:
         call()
     torch.cuda.synchronize()
+    gc.collect()
     made = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(made):
+    with no_gc(), torch.cuda.graph(made):  # another graph among the garbage would end this one
         for call in calls:
             call()
     made.replay()

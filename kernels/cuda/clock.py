@@ -1,5 +1,6 @@
 """How long calls take on a GPU: graphs that are replayed, between two events."""
 
+import gc
 import logging
 import statistics
 from collections.abc import Callable, Sequence
@@ -57,9 +58,11 @@ def _captured(call: Call) -> torch.cuda.CUDAGraph | None:
     """A graph of the call on this stream, which is not the default one; None where it cannot be.
 
     As `torch.cuda.graph` does, which first collects garbage and empties PyTorch's cache: a tenth
-    of a second for each layer.
+    of a second for each layer. No garbage is collected meanwhile: another graph among it would end
+    this one.
     """
-    graph = torch.cuda.CUDAGraph()
+    graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
+    gc.disable()
     try:
         graph.capture_begin(capture_error_mode="thread_local")
         call()
@@ -70,6 +73,9 @@ def _captured(call: Call) -> torch.cuda.CUDAGraph | None:
             with suppress(RuntimeError):
                 end()
         return None
+    finally:
+        if collects:
+            gc.enable()
     return graph
 
 

@@ -264,13 +264,11 @@ def _conv2d(
     ADDED: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
     PIXELS: tl.constexpr = IMAGES * TALL * WIDE
-    boxes = boxes_of(images, out_height, out_width, IMAGES, TALL, WIDE)
-    box, line = placed(boxes, rows // HEIGHT, GROUP)
+    count = boxes_of(images, out_height, out_width, IMAGES, TALL, WIDE)
+    box, line = placed(count, rows // HEIGHT, GROUP)
     if SORTED:
         line = tl.load(order + line)
-    corner, pixels, place = pixels_of(
-        box, images, out_height, out_width, IMAGES, TALL, WIDE, False
-    )
+    corner, pixels, spot = pixels_of(box, images, out_height, out_width, IMAGES, TALL, WIDE, False)
     begin, end = tl.load(starts + line), tl.load(starts + line + 1)
     next_at = tl.load(columns + begin, mask=begin < end, other=0)
     next_place = next_at
@@ -293,10 +291,9 @@ def _conv2d(
         )  # fmt: skip
         total = tl.dot(w, part.T, total, input_precision=PRECISION)
     row, total = line * HEIGHT + tl.arange(0, HEIGHT), total.T
-    here = place[:, None] * rows + row[None, :]
+    here = spot[:, None] * rows + row[None, :]
+    first, real = line * HEIGHT, pixels[3]
     if ADDED:
-        first, real = line * HEIGHT, pixels[3]
-        others = tile_at(added, corner, first, here, real, PIXELS, HEIGHT, BULK, False)
-        total += others.to(tl.float32)
+        total += tile_at(added, corner, first, here, real, PIXELS, HEIGHT, BULK, False)
     total = finished(total, bias, row, BIAS, ACTIVATION, OUT)
-    _put(y, total, corner, line * HEIGHT, here, pixels[3], IMAGES, TALL, WIDE, HEIGHT, BULK)
+    _put(y, total, corner, first, here, real, IMAGES, TALL, WIDE, HEIGHT, BULK)

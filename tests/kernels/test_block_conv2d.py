@@ -88,7 +88,7 @@ def test_it_is_the_masked_convolution_and_so_are_its_gradients(
     torch.testing.assert_close(found, wanted)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(conv=convs, block=blocks, density=draws.densities, seed=draws.seeds)
 def test_gradients_are_those_of_differences_twice(
     conv: draws.Conv, block: tuple[int, int], density: float, seed: int

@@ -112,7 +112,7 @@ def measure(work: Work, on: Card) -> Row:
         return Row(*named)
     makes = {"ours": work.ours, "dense": work.dense, **work.peers}
     most = {name: work.calls if name in ("ours", "dense") else PEER_CALLS for name in makes}
-    like = work.ours(work.weight)()
+    like = _alone(work.ours(work.weight)())
     turns = {n: turn for n, make in makes.items() if (turn := _turn(make, work, most[n], like))}
     times = us([turn[0] for turn in turns.values()])
     each = {n: t / len(turns[n][1]) for n, t in zip(turns, times, strict=True)}
@@ -132,11 +132,11 @@ def measure(work: Work, on: Card) -> Row:
     )
 
 
-def _turn(make: Make, work: Work, most: int, like: Any) -> Any:
+def _turn(make: Make, work: Work, most: int, like: Tensor | None) -> Any:
     """A graph of calls on copies of the weight in turn, and the calls; None: it has no time."""
     try:
         first = make(work.weight)
-        if not _agree(first(), like):
+        if like is not None and not _agree(first(), like):
             raise ValueError("it gives another result")
         calls = [first, *(make(work.weight.clone()) for _ in range(min(work.calls, most) - 1))]
         return graph(calls), calls  # a graph reads the copies, so that they must live on
@@ -146,11 +146,15 @@ def _turn(make: Make, work: Work, most: int, like: Any) -> Any:
         return None
 
 
-def _agree(found: Any, like: Any) -> bool:
-    """Whether results are the same, perhaps transposed; several at once are not compared."""
-    if not isinstance(found, Tensor) or not isinstance(like, Tensor):
-        return True
-    return close(found.t() if found.shape != like.shape else found, like.double())
+def _alone(result: Any) -> Tensor | None:
+    """What others are compared with; None of a training step, whose graph must not be kept."""
+    return result if isinstance(result, Tensor) else None
+
+
+def _agree(found: Tensor, like: Tensor) -> bool:
+    """Whether results are the same, perhaps transposed."""
+    ways = (way for way in (found, found.mT) if way.shape == like.shape)
+    return any(close(way, like.double()) for way in ways)
 
 
 def rotated(weight: Tensor) -> int:

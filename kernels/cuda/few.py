@@ -46,15 +46,12 @@ def plan(blocks: Blocks, tokens: int) -> Plan:
     height, width = blocks.block
     mean = len(blocks.columns) * (width // 32) * height // blocks.rows  # chunks of a row
     wide, most = 8 if tokens <= 8 else 16 if tokens <= 16 else 32, 2 if height >= 32 else 1
-    if tokens <= 8:
-        if blocks.rows <= 4096:
-            return Plan(1, wide, 8, 4)
-        return Plan(1, wide, 10, 2) if mean > 38 else Plan(most, wide, 16, 1)
-    if tokens <= 16:
-        return Plan(most, wide, 8, 3)
     if blocks.rows <= 4096:
-        return Plan(1, wide, 16, 2) if mean > 16 else Plan(1, wide, 8, 4)
-    return Plan(1, wide, 8, 2)
+        many = tokens > 8 and mean > 16
+        return Plan(most if tokens <= 16 else 1, wide, 16, 2) if many else Plan(1, wide, 8, 4)
+    if tokens <= 8:
+        return Plan(1, wide, 10, 2) if mean > 38 else Plan(most, wide, 16, 1)
+    return Plan(most, wide, 8, 3) if tokens <= 16 else Plan(1, wide, 8, 2)
 
 
 def linear(

@@ -65,7 +65,8 @@ def test_many_tokens(dtype: torch.dtype, block: tuple[int, int], tokens: int) ->
     weight = (torch.randn(256, 128) * mask).to(dtype)
     blocks = blob.read(pack.pack_linear(weight).data)
     x, bias = torch.randn(tokens, 128).to(dtype), torch.randn(256)
-    for name, code in ACTIVATIONS.items():
+    every = 1 if (block, tokens) == ((32, 64), 70) else 4  # else the first and the last
+    for name, code in list(ACTIVATIONS.items())[::every]:
         sums = F.linear(x.double(), weight.double(), bias.double())
         true, added = activate(sums, name), torch.randn(tokens, 256).to(dtype)
         y = many.linear(blocks, x, bias, code, residual=added)
@@ -136,11 +137,11 @@ def test_convolution(dtype: torch.dtype, block: tuple[int, int], walk: Any) -> N
 
     stride, padding, dilation, kernel = walk
     torch.manual_seed(1)
-    grid = torch.rand(128 // block[0], 64 // block[1], *kernel) < 0.4
+    grid = torch.rand(64 // block[0], 64 // block[1], *kernel) < 0.4
     mask = grid.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
-    weight, bias = (torch.randn(128, 64, *kernel) * mask).to(dtype), torch.randn(128)
+    weight, bias = (torch.randn(64, 64, *kernel) * mask).to(dtype), torch.randn(64)
     blocks = many.packed(blob.read(pack.pack_conv2d(weight).data))
-    x = torch.randn(3, 64, 9, 8).to(dtype).contiguous(memory_format=torch.channels_last)
+    x = torch.randn(2, 64, 9, 8).to(dtype).contiguous(memory_format=torch.channels_last)
     wide = (x.double(), weight.double(), bias.double())
     true = F.conv2d(*wide, stride, padding, dilation)
     out: Any = tuple(true.shape)
@@ -173,7 +174,7 @@ def images(dtype: torch.dtype, *shape: int) -> torch.Tensor:
     return torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last)
 
 
-@pytest.fixture(params=[False, True])
+@pytest.fixture
 def bulk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """The CPU is taken for a GPU, which has a copy engine or not."""
     from kernels.cuda import implicit, many
@@ -190,14 +191,19 @@ def bulk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> boo
     return bool(request.param)
 
 
-@pytest.mark.usefixtures("bulk")
 @pytest.mark.parametrize("size", [(1, 1, 1), (2, 8, 6)])
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize(
-    ("dtype", "block"), [(torch.float32, (16, 16)), (torch.float16, (32, 64))]
+    ("dtype", "block", "bulk"),
+    [(torch.float32, (16, 16), False), (torch.float16, (32, 64), True)],
+    indirect=["bulk"],
 )
 def test_a_convolution_of_blocks_and_its_gradients(
-    dtype: torch.dtype, block: tuple[int, int], window: Window, size: tuple[int, int, int]
+    dtype: torch.dtype,
+    block: tuple[int, int],
+    bulk: bool,
+    window: Window,
+    size: tuple[int, int, int],
 ) -> None:
     from kernels.cuda import block_conv2d
 
@@ -223,7 +229,9 @@ def test_a_convolution_of_blocks_and_its_gradients(
 @pytest.mark.parametrize("split", [1, 3])
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize(
-    ("dtype", "block", "group"), [(torch.float32, (16, 16), 4), (torch.float16, (32, 64), 1)]
+    ("dtype", "block", "group", "bulk"),
+    [(torch.float32, (16, 16), 4, False), (torch.float16, (32, 64), 1, True)],
+    indirect=["bulk"],
 )
 def test_the_gradient_of_a_convolution_s_weight(
     dtype: torch.dtype,

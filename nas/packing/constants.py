@@ -50,21 +50,21 @@ def _origin(node: Node) -> Node:
     return node
 
 
-def _mutates(node: Node) -> bool:
+def mutates(node: Node) -> bool:
     """Whether `node` writes into its first argument."""
     schema = getattr(node.target, "_schema", None)
     return schema is not None and schema.is_mutable
 
 
 def _mark_written(graph: Graph) -> None:
-    written = {_origin(node).target for node in graph.nodes if _mutates(node)}
+    written = {_origin(node).target for node in graph.nodes if mutates(node)}
     for node in graph.nodes:
         node.meta[_WRITTEN] = node.op == "get_attr" and node.target in written
 
 
 def _is_foldable(node: Node, known: dict[Node, Any]) -> bool:
     inputs = node.all_input_nodes
-    if node.op != "call_function" or not inputs or _mutates(node):
+    if node.op != "call_function" or not inputs or mutates(node):
         return False
     drawn = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
     return not drawn and all(part in known for part in inputs)

@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from nas.packing import constants, devices
-from nas.packing.layer import ConvArgs, Layer, aten
+from nas.packing.attention import keep_order
+from nas.packing.copies import drop_copies, forward
+from nas.packing.layer import MATRIX_PRODUCTS, OUT_FIRST, PRODUCTS, ConvArgs, Layer, aten
 
 _DROPOUTS = {
     aten.dropout.default,
@@ -27,14 +29,6 @@ _RESHAPES = {
     aten.contiguous.default,
     aten.flatten.using_ints,
     aten.reshape.default,
-    aten.view.default,
-}
-_VIEWS = {
-    aten.permute.default,
-    aten.reshape.default,
-    aten.select.int,
-    aten.transpose.int,
-    aten.unsqueeze.default,
     aten.view.default,
 }
 _CHECKS = {
@@ -56,9 +50,6 @@ _UNSERVED = {
     aten.gru.input,
     aten.bilinear.default,
 }
-_OUT_FIRST = {aten.linear.default, aten.conv2d.default, aten.conv2d.padding}
-_MATRIX_PRODUCTS = {aten.mm.default, aten.matmul.default}
-_PRODUCTS = _OUT_FIRST | _MATRIX_PRODUCTS | {aten.addmm.default}
 
 
 def fuse(module: GraphModule, paths: Mapping[int, str]) -> tuple[str, ...]:
@@ -71,7 +62,8 @@ def fuse(module: GraphModule, paths: Mapping[int, str]) -> tuple[str, ...]:
     activation that follow with no other reader are taken into it.
     """
     _drop_noops(module)
-    _drop_copies(module)
+    keep_order(module)
+    drop_copies(module)
     constants.fold(module)
     notes = tuple(_make_layers(module, paths))
     _drop_reshapes(module)
@@ -100,7 +92,7 @@ def _drop_noops(module: GraphModule) -> None:
         if node.target in _CHECKS:
             module.graph.erase_node(node)
         elif node.target in _ALIASES or (node.target in _DROPOUTS and not node.args[2]):
-            _forward(module, node)
+            forward(module, node)
 
 
 def _drop_reshapes(module: GraphModule) -> None:
@@ -109,52 +101,14 @@ def _drop_reshapes(module: GraphModule) -> None:
         if node.target in _RESHAPES and isinstance(node.args[0].target, Layer):
             shapes = [str(part.meta["val"].shape) for part in (node, node.args[0])]
             if shapes[0] == shapes[1]:
-                _forward(module, node)
-
-
-def _drop_copies(module: GraphModule) -> None:
-    """A copy that views alone read is left to them: of one sample they often need none.
-
-    So they do of attention's queries, keys and values, which are three parts of one product.
-    """
-    nodes = list(module.graph.nodes)
-    if any(
-        getattr(node.target, "_schema", None) and node.target._schema.is_mutable for node in nodes
-    ):
-        return
-    for node in nodes:
-        parts = {user.target for user in node.users} == {aten.select.int}
-        alone = len(node.users) == 1 and all(user.target in _VIEWS for user in node.users)
-        if node.target is aten.contiguous.default and (parts or alone):
-            _loosen(node)
-            _forward(module, node)
-
-
-def _loosen(node: Node) -> None:
-    """Views of what is no longer contiguous may have to copy, up to the next layers."""
-    reached, waiting = set[Node](), [node]
-    while waiting:
-        for user in waiting.pop().users:
-            if user in reached or user.target in _PRODUCTS:
-                continue
-            reached.add(user)
-            waiting.append(user)
-            if user.target is aten.view.default:
-                user.target = aten.reshape.default
-
-
-def _forward(module: GraphModule, node: Node) -> None:
-    source = node.args[0]
-    assert isinstance(source, Node)
-    node.replace_all_uses_with(source)
-    module.graph.erase_node(node)
+                forward(module, node)
 
 
 def _make_layers(module: GraphModule, paths: Mapping[int, str]) -> Iterator[str]:
     for node in list(module.graph.nodes):
         if node.target in _UNSERVED:
             yield f"{module_path(node)}: {node.target} has no sparse kernel, it runs dense"
-        elif node.target in _PRODUCTS:
+        elif node.target in PRODUCTS:
             found = _read(module, node, paths)
             if isinstance(found, str):
                 yield f"{module_path(node)}: {node.target} runs dense: {found}"
@@ -176,14 +130,14 @@ def _read(
     """The layer that `node` computes and its input, why there is none, or None if not a layer."""
     x, source, offset, conv = _operands(node)
     weight, bias = constants.value(module, source), constants.value(module, offset)
-    if node.target in _MATRIX_PRODUCTS and (weight is None or weight.dim() != 2):
+    if node.target in MATRIX_PRODUCTS and (weight is None or weight.dim() != 2):
         return None
     if weight is None or (offset is not None and bias is None):
         return "its weight or bias is computed from the input"
     if isinstance(conv, str):
         return conv
     path = paths.get(id(weight), module_path(node)).removesuffix(".weight")
-    weight = weight if node.target in _OUT_FIRST else weight.t()
+    weight = weight if node.target in OUT_FIRST else weight.t()
     bias = None if bias is None else bias.detach()
     layer = Layer(path, weight.detach().contiguous(), bias, conv)
     return _objection(x, layer) or (layer, x)
@@ -205,7 +159,7 @@ def _operands(node: Node) -> tuple[Node, Any, Any, ConvArgs | str | None]:
     if node.target is aten.addmm.default:
         bias, x, weight = args[:3]
         return x, None if node.kwargs else weight, bias, None
-    if node.target in _MATRIX_PRODUCTS:
+    if node.target in MATRIX_PRODUCTS:
         return args[0], args[1], None, None
     x, weight, bias = [*args, None][:3]
     if node.target is aten.linear.default:

@@ -17,6 +17,10 @@ from kernels.calls import out_size
 
 aten = torch.ops.aten
 
+OUT_FIRST = {aten.linear.default, aten.conv2d.default, aten.conv2d.padding}  # in their weights
+MATRIX_PRODUCTS = {aten.mm.default, aten.matmul.default}
+PRODUCTS = OUT_FIRST | MATRIX_PRODUCTS | {aten.addmm.default}
+
 ACTIVATIONS: dict[str, tuple[Any, tuple[Any, ...]] | None] = {
     "none": None,
     "relu": (aten.relu_.default, ()),

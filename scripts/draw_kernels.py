@@ -48,15 +48,16 @@ def on_cpu(rows: Iterable[dict[str, Any]]) -> dict[str, list[tuple[str, dict[str
 
 
 def on_gpu(rows: Iterable[dict[str, Any]]) -> dict[str, list[tuple[str, dict[str, Any]]]]:
-    """Few tokens, many tokens, and what else there is; the rows with the name of their line."""
-    panels: dict[str, list[tuple[str, dict[str, Any]]]] = {"few tokens": [], "many tokens": []}
-    panels["convolutions and training"] = []
+    """Few tokens, many tokens, convolutions, training; the rows with the name of their line."""
+    names = ("few tokens", "many tokens", "convolutions", "training")
+    panels: dict[str, list[tuple[str, dict[str, Any]]]] = {name: [] for name in names}
     for row in rows:
         shape, pattern = row["shape"], row["pattern"]
         few = shape.startswith(("1 ", "16 "))
-        if row["operation"] != "linear":
-            name = row["operation"] if row["operation"] in TRAINING else shape
-            panels["convolutions and training"].append((f"{name}, {pattern}", row))
+        if row["operation"] in TRAINING:
+            panels["training"].append((f"{row['operation']}, {shape}, {pattern}", row))
+        elif row["operation"] == "conv2d":
+            panels["convolutions"].append((f"{shape}, {pattern}", row))
         elif pattern != "2:4":
             panels["few tokens" if few else "many tokens"].append((f"{shape}, {pattern}", row))
     return panels

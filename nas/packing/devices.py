@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 
 import kernels
 from kernels.reference import activate
+from kernels.window import Pair, Window
 from nas.packing.layer import Kernel, Layer, aten, rounding_bound
 from nas.packing.residual import fuse_residuals
 
@@ -103,13 +104,16 @@ class Gpu(Cpu):
         fuse_residuals(module)
 
     def offered(self, kernel: Kernel, layer: Layer, x: Tensor, anew: bool) -> Kernel | None:
-        """That of a layer's kernels that is measured to be the fastest."""
-        walk: dict[str, tuple[int, ...]] = {}
+        """Of a linear layer that of its kernels that is measured to be the fastest.
+
+        Of a convolution the one that its operator takes: `kernels.tune` would compare it with a
+        plain product, which is not what PyTorch's convolution takes with its bias and activation.
+        """
         if layer.conv is not None:
-            conv = layer.conv
-            walk = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation}
-        us = kernels.tune(layer.packed, x, anew, **walk)
-        name = min(us, key=us.__getitem__, default="dense")
+            name = _of_a_convolution(layer, x)
+        else:
+            us = kernels.tune(layer.packed, x, anew)
+            name = min(us, key=us.__getitem__, default="dense")
         return None if name == "dense" else replace(kernel, name=f"{kernel.name}[{name}]")
 
     def difference(self, layer: Layer, x: Tensor, result: Tensor) -> str:
@@ -132,6 +136,20 @@ CPU, GPU = Cpu(), Gpu()
 def of(tensor: Tensor) -> Cpu:
     """The kind of device that `tensor` is on."""
     return GPU if tensor.is_cuda else CPU
+
+
+def _of_a_convolution(layer: Layer, x: Tensor) -> str:
+    from kernels.cuda import blob, conv2d  # nobody without a GPU needs them
+
+    assert layer.conv is not None
+    blocks, conv = blob.read(layer.packed.data), layer.conv
+    window = Window(blocks.form.kernel, *map(_pair, (conv.stride, conv.padding, conv.dilation)))
+    return conv2d.name(blocks, x, conv2d.shape_of(blocks, x, window), window)
+
+
+def _pair(given: Sequence[int]) -> Pair:
+    height, width = given
+    return height, width
 
 
 def _inputs(example: tuple[Tensor, ...]) -> Iterator[tuple[str, Tensor]]:

@@ -34,10 +34,8 @@ def us(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """CPU tensors are taken for a GPU's; what kernels of a linear layer take, microseconds."""
     us = {"few": 2.0, "many": 3.0, "dense": 4.0}
     monkeypatch.setattr(devices, "of", lambda _: replace(devices.GPU, kind="cpu"))
-    of_a_convolution = {"implicit": 2.0, "dense": 4.0}
-    monkeypatch.setattr(
-        "nas.packing.devices.kernels.tune", lambda *_, **walk: of_a_convolution if walk else us
-    )
+    monkeypatch.setattr("nas.packing.devices.kernels.tune", lambda *_: us)
+    monkeypatch.setattr(devices, "_of_a_convolution", lambda *_: "implicit")
     prefer(monkeypatch, lambda kernel: 4.0 if kernel.name == "dense" else 2.0)
     return us
 

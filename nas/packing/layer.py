@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import kernels
 from kernels import measured
@@ -189,8 +190,14 @@ def rounding_bound(layer: Layer, x: Tensor) -> Tensor:
     """How far two right results for `layer(x)` may lie apart, per output element.
 
     The rounding error of a sum in float32 scales with the sum of its terms' magnitudes, not with
-    its value; the activations stretch a difference by at most 1.13.
+    its value; the activations stretch a difference by at most 1.13. Depthwise kernels share
+    products between two rows of outputs: what cancels in an output of its own was in its sum.
     """
-    bias = None if layer.bias is None else layer.bias.abs()
-    magnitude = Layer(layer.name, layer.weight.abs(), bias, layer.conv)(x.abs())
+    bias, size, conv = None if layer.bias is None else layer.bias.abs(), x.abs(), layer.conv
+    if conv is not None and layer.weight.shape[1] == 1 < conv.groups:
+        rows, (above, beside) = layer.weight.shape[2], conv.padding
+        near = F.pad(size, (0, 0, above, above))
+        size = F.max_pool2d(near, (2 * rows + 1, 1), 1, (rows, 0))
+        conv = replace(conv, padding=(0, beside))
+    magnitude = Layer(layer.name, layer.weight.abs(), bias, conv)(size)
     return magnitude.mul_(1e-5)

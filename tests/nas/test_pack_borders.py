@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nas.packing import pack
-from nas.packing.layer import Kernel, Layer, sparse_kernel
+from nas.packing import devices, pack
+from nas.packing.layer import ConvArgs, Kernel, Layer, sparse_kernel
 from nas.packing.tune import choose
 from tests.pack_models import (
     Branching,
@@ -304,3 +304,18 @@ def test_a_dense_network_is_tried_only_where_it_might_win(dense_us: float, ahead
     choice = choose(layer, x, False)
     halves = {at: replace(choice, us=5.0, dense_us=dense_us / 2) for at in range(2)}
     assert module._far_ahead(halves, []) == ahead
+
+
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_what_two_rows_of_a_depthwise_layer_share_is_rounding(kernel: int) -> None:
+    """Rows a thousand times larger, beside the one that a weight takes, cancel."""
+    torch.manual_seed(0)
+    weight = torch.randn(32, 1, kernel, kernel)
+    weight[:, :, 1:] = 0
+    x = torch.randn(2, 32, 14, 14)
+    x[:, :, 1::2] *= 1000
+    layer = Layer("depthwise", weight, None, ConvArgs(padding=(kernel // 2,) * 2, groups=32))
+    result = sparse_kernel(layer)(x)
+    assert devices.CPU.difference(layer, x, result) == ""
+    wrong = result + 1e-3 * result.abs().max()
+    assert "differs from dense" in devices.CPU.difference(layer, x, wrong)

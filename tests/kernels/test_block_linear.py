@@ -195,7 +195,9 @@ def test_a_saved_layer_loads_into_one_of_other_blocks() -> None:
     mask = block_mask(net.weight(), (4, 2)).flip(0)
     other = kernels.BlockLinear.of(nn.Linear(10, 24), (4, 2), mask)
     assert set(net.state_dict()) == {"values", "bias", "lists"}
+    places = (other.lists.data_ptr(), other.groups.data_ptr())
     other.load_state_dict(net.state_dict())
+    assert (other.lists.data_ptr(), other.groups.data_ptr()) == places  # as a graph reads them
     assert torch.equal(other.weight(), net.weight())
     assert torch.equal(other.lists, net.lists) and torch.equal(other.groups, net.groups)
 

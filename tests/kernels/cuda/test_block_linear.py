@@ -236,3 +236,14 @@ def test_gradients_are_those_of_differences_twice() -> None:
 
     assert torch.autograd.gradcheck(call, given, fast_mode=True)
     assert torch.autograd.gradgradcheck(call, given, fast_mode=True)
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_a_bias_may_have_any_stride(step: int) -> None:
+    index = block_index(torch.ones(2, 2, dtype=torch.bool, device="cuda"), (64, 64))
+    values = torch.randn(4, 64, 64, device="cuda")
+    x, held = torch.randn(9, 128, device="cuda"), torch.randn(128, 2, device="cuda")
+    bias = held[:, 0] if step else held[0, 0].expand(128)
+    y = ops.block_linear(x, values, bias, index.lists, index.groups, 128)
+    true = F.linear(x.double(), scatter(values, index).double(), bias.double())
+    assert (y - true).norm() <= 1e-5 * true.norm()

@@ -64,7 +64,9 @@ def test_a_convolution_is_tuned(kernel: int, share: float, dtype: torch.dtype) -
     x = torch.randn(5, 256, 14, 14, device="cuda").to(dtype)
     us = kernels.tune(packed, x, stride=walk[0], padding=walk[1], dilation=walk[2])
     blocks = blob.read(packed.data)
-    assert us.keys() == (set(conv2d.takers(blocks)) if kernel > 1 else us.keys()) and us
+    tokens = linear.aligned(conv2d.pixels(x))
+    of_pixels = {name for name in linear.KERNELS if linear.takes(name, blocks, tokens)}
+    assert us.keys() == (set(conv2d.takers(blocks)) if kernel > 1 else of_pixels)
     window = Window((kernel, kernel), *walk)
     out = conv2d.shape_of(blocks, x, window)
     assert conv2d.name(blocks, x, out, window) == min(us, key=us.__getitem__)
@@ -86,7 +88,8 @@ def test_what_was_measured_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     us = kernels.tune(kernels.pack_linear(weight), x)
     measured._times.cache_clear()  # as in another process
     late = blob.read(kernels.pack_linear(weight).data)
-    assert linear.chosen(late, x[:7]) == min(us, key=us.__getitem__)
+    case = table.linear_case(late, 7)
+    assert table.fastest(late, table.bucket(7), lambda: case) == min(us, key=us.__getitem__)
     assert kernels.tune(kernels.pack_linear(weight), x) == us
     measured._times.cache_clear()
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from kernels.cuda import two_of_four
 from kernels.cuda.checks import check_index, rule
 from kernels.cuda.driver import has_triton
 from kernels.patterns import pattern_of
@@ -20,7 +21,6 @@ OPERATIONS = {LINEAR: "sparse_linear", CONV2D: "sparse_conv2d"}
 DENSE, BLOCKS, ENTRIES, CHANNEL = 0, 1, 2, 3
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SIZES = (128, 64, 32, 16)  # rows or columns of a block
-LARGE = 2**24  # weights from which a 2:4 product was faster than dense
 # Kept in blocks of so many rows, up to which they were faster than dense, by the bytes of a value:
 # of up to MANY tokens or pixels, and of more. Where more is kept than the first says, dense may be
 # faster, and the weight is held unpacked too.
@@ -110,6 +110,7 @@ class Blocks:
             are kept of a channel pattern; made when read.
         two_of_four: the weight as cuSPARSELt wants it where two of every four along a row are kept
             at most and the whole is stored, or None; made when read.
+        longest: most blocks of a row of blocks; found when read.
         room: bytes of the largest tile; found when read.
         whole: (rows, channels): `values` of a dense weight; of blocks what they unpack to, where
             so much is kept that PyTorch's product may be the fastest, or None; made when read.
@@ -128,6 +129,7 @@ class Blocks:
     tile_rows: int
     order: Tensor
     two_of_four: Tensor | None
+    longest: int = 0
     room: int = 0
     whole: Tensor | None = None
 
@@ -292,13 +294,17 @@ def _parse(data: Tensor) -> Blocks:
     order = starts.diff().argsort(descending=True, stable=True).int()
     order = columns.long() if kind == CHANNEL else order
     whole = kind in (DENSE, ENTRIES)
-    semi = _two_of_four(values) if whole and form.taps == form.groups == 1 else None
+    semi = two_of_four.compressed(values) if whole and form.taps == form.groups == 1 else None
     sizes = (form, rows, channels, (height, width))
     tiled = (tiles, pairs, int(head["tile_rows"]))
     blocks = Blocks(*sizes, starts, columns, values, whole, *tiled, order, semi)
     check_index(blocks)
-    room = 16 * int(tiles.diff().max()) if len(tiles) else 0
-    return replace(blocks, whole=_whole(blocks), room=room)
+    longest = _longest(starts) if blocks.in_blocks else 0
+    return replace(blocks, whole=_whole(blocks), longest=longest, room=16 * _longest(tiles))
+
+
+def _longest(starts: Tensor) -> int:
+    return int(starts.diff().max()) if len(starts) > 1 else 0
 
 
 def _lengths(head: Any, form: Form) -> tuple[torch.dtype, list[int]]:
@@ -355,21 +361,6 @@ def _form(head: Any) -> Form:
     fits = rows % groups == 0 and columns % form.taps == 0
     rule(fits, "groups and kernel", f"divisors of {(rows, columns)}", (groups, *kernel))
     return form
-
-
-def _two_of_four(weight: Tensor) -> Tensor | None:
-    """See `Blocks`; bfloat16 on a GPU, in multiples of 64.
-
-    Of float16 the search for an algorithm ends in an illegal instruction (cuSPARSELt 0.8 on an
-    H200), and the default one is slower than dense.
-    """
-    fits = weight.is_cuda and weight.dtype is torch.bfloat16 and weight.numel() >= LARGE
-    if not fits or weight.shape[0] % 64 or weight.shape[1] % 64:
-        return None
-    four = weight.ne(0).view(len(weight), -1, 4)
-    if not torch.backends.cusparselt.is_available() or int(four.sum(2).max()) > 2:
-        return None
-    return torch._cslt_compress(weight)
 
 
 def pattern(matrix: Tensor, form: Form) -> str:

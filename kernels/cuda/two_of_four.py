@@ -1,14 +1,33 @@
 """Sparse linear of many tokens where two of every four weights are kept, by cuSPARSELt."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from kernels.cuda.blob import Blocks
+if TYPE_CHECKING:
+    from kernels.cuda.blob import Blocks
 
 MANY = 2048  # tokens from which it was faster than dense
+LARGE = 2**24  # weights from which it was
 _found: dict[tuple[object, ...], int] = {}
+
+
+def compressed(weight: Tensor) -> Tensor | None:
+    """A weight as cuSPARSELt wants it, or None: bfloat16 on a GPU, in multiples of 64.
+
+    Of float16 the search for an algorithm ends in an illegal instruction (cuSPARSELt 0.8 on an
+    H200), and the default one is slower than dense.
+    """
+    fits = weight.is_cuda and weight.dtype is torch.bfloat16 and weight.numel() >= LARGE
+    if not fits or weight.shape[0] % 64 or weight.shape[1] % 64:
+        return None
+    four = weight.ne(0).view(len(weight), -1, 4)
+    if not torch.backends.cusparselt.is_available() or int(four.sum(2).max()) > 2:
+        return None
+    return torch._cslt_compress(weight)
 
 
 def takes(blocks: Blocks, x: Tensor) -> bool:

@@ -37,6 +37,8 @@ def test_a_weight_comes_back(dtype: torch.dtype, block: tuple[int, int]) -> None
     if block != (1, 1):
         assert packed.meta["block"] == f"{block[0]}x{block[1]}"
         assert found.values.numel() < 0.6 * weight.numel()
+        kept = weight.view(128 // block[0], block[0], 256 // block[1], block[1]).any(3).any(1)
+        assert found.longest == int(kept.sum(1).max())
 
 
 @pytest.mark.parametrize("block", [(16, 16), (64, 32)])

@@ -3,6 +3,7 @@
 import itertools
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,11 +25,13 @@ def compiles(source: str, target: str, **defines: int) -> None:
         raise
 
 
-def blocks(size: int, kept: float) -> blob.Blocks:
-    """What plans look at, of a square weight in blocks of 64."""
-    columns, none = torch.empty(int(kept * (size // 64) ** 2)), torch.empty(0)
+def blocks(size: int, block: tuple[int, int], kept: float) -> blob.Blocks:
+    """What plans look at, of a square weight in blocks."""
+    wide = size // block[1]
+    columns, none = torch.empty(int(kept * size // block[0] * wide)), torch.empty(0)
     form, lists = blob.Form(blob.LINEAR), (none, columns, none)
-    return blob.Blocks(form, size, size, (64, 64), *lists, False, none, none, 0, none, None)
+    made = blob.Blocks(form, size, size, block, *lists, False, none, none, 0, none, None)
+    return replace(made, longest=min(wide, int(1.5 * kept * wide) + 1))
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -36,11 +39,16 @@ def blocks(size: int, kept: float) -> blob.Blocks:
 def test_sources_compile(target: str, narrow: int) -> None:
     for count, loads in itertools.product((1, 2), (2, 4)):
         compiles("entries.cu", target, COUNT=count, WARPS=32, U=loads, BF16=narrow)
-    for size, tokens in itertools.product((4096, 8192), (1, 16, 32)):
-        for mean in (0.05, 0.5):  # of columns that are kept
-            how = few.plan(blocks(size, mean), tokens)
-            shape = {"MT": how.tiles, "NT": how.tokens // 8, "WARPS": how.warps, "U": how.chunks}
-            compiles("few.cu", target, **shape, BR=64, BC=64, BF16=narrow)
+    plans = {
+        (block, few.plan(blocks(size, block, kept), tokens))
+        for block in ((64, 64), (16, 32))
+        for size, tokens in itertools.product((4096, 8192), (1, 16, 32))
+        for kept in (0.05, 0.1, 0.15, 0.5)
+    }
+    for block, how in plans:
+        assert block[0] % how.rows == 0
+        shape = {"MT": how.tiles, "NT": how.tokens // 8, "WARPS": how.warps, "U": how.chunks}
+        compiles("few.cu", target, **shape, BR=block[0], BC=block[1], BF16=narrow)
     for high, wide, depth in itertools.product((1, 2, 4), (1, 2, 4), (2, 3)):
         shape = {"MT": high, "NT": wide, "WARPS": 16, "BF16": narrow}
         compiles("expand.cu", target, **shape, DEPTH=depth, COPIES=3)

@@ -18,6 +18,8 @@ from kernels.native.build import cache_folder
 
 SOURCES = Path(__file__).parent
 _PROGRAMMATIC = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+# CU_TENSOR_MAP_ DATA_TYPE_UINT16, SWIZZLE_128B, L2_PROMOTION_L2_256B
+_SHORT, _SWIZZLED, _PROMOTED = 1, 3, 3
 _MOST_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
@@ -65,15 +67,18 @@ class Function:
         tensors: Sequence[Tensor | None],
         numbers: Sequence[int],
         shared: int = 0,
+        maps: Sequence[ctypes.Array[ctypes.c_uint64]] = (),
     ) -> None:
         """Launch on torch's stream.
 
         Args:
             grid: thread blocks.
             threads: of a thread block.
-            tensors: the first arguments, of which the first is no None; None is a null pointer.
+            tensors: the arguments behind `maps`, of which the first is no None; None is a null
+                pointer.
             numbers: those behind them, ints.
             shared: bytes of dynamic shared memory.
+            maps: the first arguments, of `tensor_map`.
 
         Raises:
             RuntimeError: the driver refused, with its number.
@@ -81,7 +86,7 @@ class Function:
         assert tensors[0] is not None
         device = tensors[0].device
         addresses = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors]
-        arguments = [*addresses, *map(ctypes.c_int, numbers)]
+        arguments: list[Any] = [*maps, *addresses, *map(ctypes.c_int, numbers)]
         pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
         with torch.cuda.device(device):
             stream = torch.cuda.current_stream(device).cuda_stream
@@ -119,8 +124,9 @@ def function(
         raise RuntimeError(
             f"{name}: call it with the same weight and number of tokens before a graph is captured"
         )
-    major, minor = torch.cuda.get_device_capability(device)
-    code = image(source, f"sm_{major}{minor}", dict(defines))
+    major, minor = capability(device)
+    target = f"sm_{major}{minor}" + ("a" if (major, minor) == (9, 0) else "")
+    code = image(source, target, dict(defines))
     module, handle, context = (ctypes.c_void_p() for _ in range(3))
     with torch.cuda.device(device):
         torch.cuda.current_stream().synchronize()  # makes the device's context current
@@ -132,6 +138,30 @@ def function(
     return Function(handle, context, major >= 9)
 
 
+def tensor_map(matrix: Tensor, rows: int, columns: int) -> ctypes.Array[ctypes.c_uint64]:
+    """How the copy engine brings tiles of a contiguous matrix of 16 bits, zeros where it ends.
+
+    Args:
+        matrix: (rows, columns), from a multiple of 16 bytes on, columns a multiple of 8.
+        rows: of a tile, 256 at most.
+        columns: of a tile, 64: its lines of 128 bytes are swizzled.
+
+    Raises:
+        RuntimeError: the driver refused, with its number.
+    """
+    words = (ctypes.c_uint64 * 24)()
+    made = (ctypes.c_uint64 * 16).from_buffer(words, -ctypes.addressof(words) % 64)
+    long, short = ctypes.c_uint64, ctypes.c_uint32
+    sizes, pitch = (long * 2)(*reversed(matrix.shape)), (long * 1)(2 * matrix.shape[1])
+    tile, every = (short * 2)(columns, rows), (short * 2)(1, 1)
+    address = ctypes.c_void_p(matrix.data_ptr())
+    status = _cuda().cuTensorMapEncodeTiled(
+        made, _SHORT, 2, address, sizes, pitch, tile, every, 0, _SWIZZLED, _PROMOTED, 0
+    )
+    _ok(status, "cuTensorMapEncodeTiled")
+    return made
+
+
 def most_shared(device: int) -> int:
     """Bytes of shared memory that a thread block may ask for."""
     properties: Any = torch.cuda.get_device_properties(device)
@@ -139,9 +169,15 @@ def most_shared(device: int) -> int:
 
 
 @cache
+def capability(device: int) -> tuple[int, int]:
+    """The compute capability of a device."""
+    return torch.cuda.get_device_capability(device)
+
+
+@cache
 def available(device: int) -> bool:
     """Whether CUDA C++ can be compiled for a device, which needs to be of 8.0 or newer."""
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = capability(device)
     return major >= 8 and _why_not(10 * major + minor) == ""
 
 

@@ -7,11 +7,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.calls import activation_code
-from kernels.cuda import blob, entries, expand, few, table, two_of_four
+from kernels.cuda import blob, entries, expand, few, hopper, table, two_of_four
 from kernels.cuda.driver import has_triton
 from kernels.reference import activate
 
-KERNELS = ("few", "many", "entries", "expand", "two_of_four", "channel", "dense")
+KERNELS = ("few", "many", "hopper", "entries", "expand", "two_of_four", "channel", "dense")
 
 
 def run(
@@ -52,6 +52,8 @@ def product(
         return x.new_empty(0, blocks.rows)
     tokens = aligned(x)
     kernel = chosen(blocks, tokens)
+    if kernel == "hopper" and residual is not None and has_triton():
+        kernel = "many"  # adds it in one go
     if residual is None:
         return compute(kernel, blocks, tokens, bias, activation)
     if kernel != "many":
@@ -118,8 +120,9 @@ def chosen(blocks: blob.Blocks, tokens: Tensor) -> str:
         return "two_of_four" if two_of_four.takes(blocks, tokens) else "dense"
     if few.takes(blocks, tokens):
         return "few"
-    pays = blocks.whole is None or (has_triton() and blocks.pays(count))
-    return "many" if pays else "dense"
+    if blocks.whole is not None and not (has_triton() and blocks.pays(count)):
+        return "dense"
+    return "hopper" if hopper.takes(blocks, tokens) and hopper.pays(blocks, tokens) else "many"
 
 
 def takes(kernel: str, blocks: blob.Blocks, x: Tensor) -> bool:
@@ -140,7 +143,7 @@ def _module(kernel: str) -> Any:
         from kernels.cuda import many  # not at the top: Triton is imported only where it is needed
 
         return many
-    return {"few": few, "entries": entries, "expand": expand}[kernel]
+    return {"few": few, "hopper": hopper, "entries": entries, "expand": expand}[kernel]
 
 
 def aligned(x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The bytes of a weight packed for a GPU: a header, an index of its blocks, and their values."""
 
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -112,6 +112,8 @@ class Blocks:
             at most and the whole is stored, or None; made when read.
         longest: most blocks of a row of blocks; found when read.
         room: bytes of the largest tile; found when read.
+        plans: which tiles thread blocks of hopper.cu take, by how many tiles of tokens there are;
+            made when needed.
         whole: (rows, channels): `values` of a dense weight; of blocks what they unpack to, where
             so much is kept that PyTorch's product may be the fastest, or None; made when read.
     """
@@ -132,6 +134,7 @@ class Blocks:
     longest: int = 0
     room: int = 0
     whole: Tensor | None = None
+    plans: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def has_entries(self) -> bool:
@@ -200,7 +203,8 @@ def _left(old: Blocks, new: Blocks) -> list[Tensor | None]:
     pairs = (
         (getattr(old, name), getattr(new, name)) for name in ("order", "two_of_four", "whole")
     )
-    return [before for before, now in pairs if before is not None and before is not now]
+    left = [before for before, now in pairs if before is not None and before is not now]
+    return [*left, *old.plans.values()]
 
 
 _met: Any = WeakTensorKeyDictionary()

@@ -5,39 +5,39 @@
 // and of x at a time, STAGES steps ahead, also of the next tile while one is written. Two groups of four warps multiply
 // (wgmma), 64 rows of w (its M) by all tokens (its N) each, and give sums to the copy engine 64 tokens at a time.
 //
-// All rows of the first tokens come first, so that x is read once from memory; longest rows of blocks first. Waves of
-// tiles go to and fro, so that no thread block gets the longest of each. Sums have one order: bit-equal in every run.
+// Which tiles a thread block takes was planned ahead: a line of `plan` for each, of numbers that count all lines of the
+// first tokens first, and -1 where they end. Sums have one order: bit-equal in every run.
 //
-// Given: BC, STAGES, ACT (activation), BF16.
+// Given: BC, STAGES, BIAS (whether there is one), ACT (activation), BF16.
 
 #include "common.cuh"
 
 typedef unsigned long long u64;
 struct alignas(64) Map { u64 words[16]; };  // CUtensorMap
 
-constexpr int TOKENS = 256, ROWS = 128, STEP = 64, LINE = 128, SIDES = BC / STEP;  // LINE: bytes of a row of what is copied
+constexpr int TOKENS = 256, ROWS = 128, STEP = 64, SIDES = BC / STEP, LINE = 128;  // bytes of a row of what is copied
 constexpr int X_BYTES = TOKENS * LINE, STAGE = X_BYTES + ROWS * LINE, PIECE = 64, Y_BYTES = PIECE * LINE;
-constexpr int FULL = STAGES * STAGE + 4 * Y_BYTES, EMPTY = FULL + 8 * STAGES;  // where barriers lie, behind stages and sums
+constexpr int FULL = STAGES * STAGE + 4 * Y_BYTES, EMPTY = FULL + 8 * STAGES;  // barriers, behind stages and sums
 constexpr int WARPS = 8, AHEAD = 3;
 
-DEVICE void init(u32 barrier, int count) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count)); }
+DEVICE void init(u32 barrier, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
 DEVICE void arrive(u32 barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory"); }
 DEVICE void expect(u32 barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 DEVICE void wait(u32 barrier, u32 phase) {
-  asm volatile("{ .reg .pred p; again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @!p bra again; }" ::"r"(barrier),
-               "r"(phase)
-               : "memory");
+  asm volatile("{ .reg .pred p; again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @!p bra again; }"
+               ::"r"(barrier), "r"(phase) : "memory");
 }
 DEVICE void load(u32 to, const Map& from, int column, int row, u32 barrier) {
-  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
-               "l"(&from), "r"(column), "r"(row), "r"(barrier)
-               : "memory");
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
+               "[%4];" ::"r"(to), "l"(&from), "r"(column), "r"(row), "r"(barrier) : "memory");
 }
 DEVICE void store(const Map& to, int column, int row, u32 from) {
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(&to), "r"(column), "r"(row), "r"(from)
-               : "memory");
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];"
+               ::"l"(&to), "r"(column), "r"(row), "r"(from) : "memory");
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 template <int LEFT>
@@ -45,7 +45,7 @@ DEVICE void wait_until_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(LEFT) : "memory");
 }
 
-// where an operand of wgmma begins; its lines of 128 bytes lie as the copy engine swizzles them, eight of them 1024 bytes on
+// where an operand of wgmma begins; lines of 128 bytes as the copy engine swizzles them, eight of them 1024 bytes on
 DEVICE u64 operand(u32 at) { return (u64)(at >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62; }
 #define C4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
 #define C16(i) C4(i), C4(i + 4), C4(i + 8), C4(i + 12)
@@ -62,21 +62,23 @@ DEVICE void multiply_by_group(float (&c)[128], u64 w, u64 x, int add) {
       : C64(0), C64(64)
       : "l"(w), "l"(x), "r"(add));
 }
-DEVICE u32 pair(float low, float high) {
+DEVICE u32 pair(float low, float high, float bias) {
+  if (BIAS) low += bias, high += bias;
   u32 both;
-  asm("cvt.rn." KIND "x2.f32 %0, %1, %2;" : "=r"(both) : "f"(activate(high, ACT)), "f"(activate(low, ACT)));
+  low = activate(low, ACT), high = activate(high, ACT);
+  asm("cvt.rn." KIND "x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
   return both;
 }
 
-struct Tile { int line, begin, end, column; };  // a row of blocks, its blocks, and a lane's of their columns
+struct Tile { int number, begin, end, column; };  // of a tile, its blocks, and a lane's of their columns
 
 extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1), 1)
-hopper(const __grid_constant__ Map xs, const __grid_constant__ Map ws, const __grid_constant__ Map ys, const int* order,
-       const int* starts, const int* columns, const float* bias, int tokens, int lines) {
+hopper(const __grid_constant__ Map xs, const __grid_constant__ Map ws, const __grid_constant__ Map ys, const int* plan,
+       const int* starts, const int* columns, const float* bias, int lines, int waves) {
   extern __shared__ uint4 memory[];
   const u32 base = ((u32)__cvta_generic_to_shared(memory) + 1023) & ~1023u;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int total = (tokens + TOKENS - 1) / TOKENS * lines;
+  plan += blockIdx.x * waves;
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; ++s) init(base + FULL + 8 * s, 1), init(base + EMPTY + 8 * s, WARPS);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -84,26 +86,26 @@ hopper(const __grid_constant__ Map xs, const __grid_constant__ Map ws, const __g
   __syncthreads();
   let_next_begin();
   wait_for_input();
-  const auto number = [&](int wave) { return wave * gridDim.x + (wave % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x); };
   // what lists say of a tile is asked for some tiles ahead, each thing once that is here which it depends on
   Tile next[AHEAD + 1];
-  const auto line = [&](Tile& tile, int wave) { tile.line = number(wave) < total ? order[number(wave) % lines] : -1; };
+  const auto number = [&](Tile& tile, int wave) { tile.number = wave < waves ? plan[wave] : -1; };
   const auto bounds = [&](Tile& tile) {
-    tile.begin = tile.line < 0 ? 0 : starts[tile.line], tile.end = tile.line < 0 ? 0 : starts[tile.line + 1];
+    const int* at = starts + tile.number % lines;
+    tile.begin = tile.number < 0 ? 0 : at[0], tile.end = tile.number < 0 ? 0 : at[1];
   };
   const auto list = [&](Tile& tile) {
     tile.column = warp == WARPS && tile.begin + lane < tile.end ? columns[tile.begin + lane] : 0;
   };
 #pragma unroll
   for (int i = 0; i <= AHEAD; ++i) {
-    line(next[i], i);
+    number(next[i], i);
     if (i < AHEAD) bounds(next[i]);
     if (i < AHEAD - 1) list(next[i]);
   }
   const auto turn = [&](int wave) {
 #pragma unroll
     for (int i = 0; i < AHEAD; ++i) next[i] = next[i + 1];
-    list(next[AHEAD - 2]), bounds(next[AHEAD - 1]), line(next[AHEAD], wave + AHEAD + 1);
+    list(next[AHEAD - 2]), bounds(next[AHEAD - 1]), number(next[AHEAD], wave + AHEAD + 1);
   };
   int stage = 0;
   u32 phase = 0;
@@ -111,8 +113,8 @@ hopper(const __grid_constant__ Map xs, const __grid_constant__ Map ws, const __g
     if (++stage == STAGES) stage = 0, phase ^= 1;
   };
   if (warp == WARPS) {
-    for (int wave = 0; next[0].line >= 0; turn(wave), ++wave) {
-      const int token = number(wave) / lines * TOKENS;
+    for (int wave = 0; next[0].number >= 0; turn(wave), ++wave) {
+      const int token = next[0].number / lines * TOKENS;
       int held = next[0].column;
       for (int i = next[0].begin; i < next[0].end; ++i) {
         const int back = (i - next[0].begin) % 32;
@@ -132,12 +134,13 @@ hopper(const __grid_constant__ Map xs, const __grid_constant__ Map ws, const __g
     }
     return;
   }
-  const int part = warp / 4, quarter = warp % 4, mine = part * 64 + quarter * 16 + lane / 4;  // row of a block; also that 8 on
+  const int part = warp / 4, quarter = warp % 4, mine = part * 64 + quarter * 16 + lane / 4;  // row, and that 8 on
   const bool leads = threadIdx.x % 128 == 0;
   const u32 staged = base + STAGES * STAGE + part * 2 * Y_BYTES;
-  for (int wave = 0; next[0].line >= 0; turn(wave), ++wave) {
-    const int row = next[0].line * ROWS, steps = (next[0].end - next[0].begin) * SIDES;
-    const float low = bias ? bias[row + mine] : 0.f, high = bias ? bias[row + mine + 8] : 0.f;
+  for (int wave = 0; next[0].number >= 0; turn(wave), ++wave) {
+    const int row = next[0].number % lines * ROWS, first = next[0].number / lines * TOKENS;
+    const int steps = (next[0].end - next[0].begin) * SIDES;
+    const float low = BIAS ? bias[row + mine] : 0.f, high = BIAS ? bias[row + mine + 8] : 0.f;
     float c[128];
     if (steps == 0) {
 #pragma unroll
@@ -166,14 +169,13 @@ hopper(const __grid_constant__ Map xs, const __grid_constant__ Map ws, const __g
 #pragma unroll
       for (int j = 0; j < PIECE; j += 16) {
         const float* s = c + (piece * PIECE + j) / 2;
-        asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to + piece % 2 * Y_BYTES + j * LINE),
-                     "r"(pair(s[0] + low, s[1] + low)), "r"(pair(s[2] + high, s[3] + high)), "r"(pair(s[4] + low, s[5] + low)),
-                     "r"(pair(s[6] + high, s[7] + high))
-                     : "memory");
+        const u32 a = pair(s[0], s[1], low), b = pair(s[2], s[3], high), d = pair(s[4], s[5], low), e = pair(s[6], s[7], high);
+        asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
+                     ::"r"(to + piece % 2 * Y_BYTES + j * LINE), "r"(a), "r"(b), "r"(d), "r"(e) : "memory");
       }
       asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
       asm volatile("bar.sync %0, 128;" ::"r"(1 + part) : "memory");
-      if (leads) store(ys, row + part * 64, number(wave) / lines * TOKENS + piece * PIECE, staged + piece % 2 * Y_BYTES);
+      if (leads) store(ys, row + part * 64, first + piece * PIECE, staged + piece % 2 * Y_BYTES);
     }
   }
   if (leads) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");

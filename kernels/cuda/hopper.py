@@ -1,7 +1,11 @@
 """Sparse linear of many tokens on compute capability 9.0, by hopper.cu."""
 
+from collections.abc import Sequence
+from heapq import heapify, heapreplace
+
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from kernels.cuda.blob import Blocks
 from kernels.cuda.driver import available, capability, function, tensor_map
@@ -11,16 +15,23 @@ _STAGES = 4  # steps that are under way or in use, as many as shared memory hold
 _STORED = 64  # tokens that a group of warps writes at once
 _LINE = 128  # bytes of a line of what is copied
 _SHARED = _STAGES * (_TOKENS + ROWS) * _LINE + 4 * _STORED * _LINE + 16 * _STAGES + 1024
+_ENDING = 2  # steps that beginning and ending a tile take as long as
+_NEAR = 2**24  # bytes of x that stay in the second-level cache beside weights and results
 _MANY, _LARGE = 8192, 2**25  # tokens, and results, from which it was faster than many.py
 
 
 def takes(blocks: Blocks, x: Tensor) -> bool:
-    """Whether this kernel computes it: bfloat16 or float16, blocks of 128 rows, columns in 64s."""
+    """Whether this kernel computes it: bfloat16 or float16, blocks of 128 rows, columns in 64s.
+
+    Not where a graph is captured of a weight and a number of tokens that it has not met.
+    """
     narrow = x.dtype in (torch.bfloat16, torch.float16) and len(x) > 0
     fits = blocks.in_blocks and blocks.block[0] == ROWS and blocks.block[1] % _STEP == 0
     if not (narrow and fits and len(blocks.columns)):  # a map of nothing is refused
         return False
-    return capability(x.device.index) == (9, 0) and available(x.device.index)
+    if capability(x.device.index) != (9, 0) or not available(x.device.index):
+        return False
+    return _tiles(x) in blocks.plans or not torch.cuda.is_current_stream_capturing()
 
 
 def pays(blocks: Blocks, x: Tensor) -> bool:
@@ -30,10 +41,11 @@ def pays(blocks: Blocks, x: Tensor) -> bool:
 
 def linear(blocks: Blocks, x: Tensor, bias: Tensor | None, activation: int) -> Tensor:
     """Gives y (tokens, rows) of x (tokens, channels), contiguous; bias float32."""
-    y = x.new_empty(len(x), blocks.rows)
+    y, shared_out = x.new_empty(len(x), blocks.rows), _plan(blocks, x)
     defines = (
         ("BC", blocks.block[1]),
         ("STAGES", _STAGES),
+        ("BIAS", int(bias is not None)),
         ("ACT", activation),
         ("BF16", int(x.dtype is torch.bfloat16)),
     )
@@ -43,9 +55,56 @@ def linear(blocks: Blocks, x: Tensor, bias: Tensor | None, activation: int) -> T
         tensor_map(blocks.values.view(-1, blocks.block[1]), ROWS, _STEP),
         tensor_map(y, _STORED, _STEP),
     )
-    lines = blocks.rows // ROWS
-    tiles = -(-len(x) // _TOKENS) * lines
-    at_once = torch.cuda.get_device_properties(x.device).multi_processor_count
-    tensors, numbers = (blocks.order, blocks.starts, blocks.columns, bias), (len(x), lines)
-    kernel.launch((min(tiles, at_once), 1), 288, tensors, numbers, _SHARED, maps)
+    tensors = (shared_out, blocks.starts, blocks.columns, bias)
+    blocks_of_threads, waves = shared_out.shape
+    numbers = (blocks.rows // ROWS, waves)
+    kernel.launch((blocks_of_threads, 1), 288, tensors, numbers, _SHARED, maps)
     return y
+
+
+def _tiles(x: Tensor) -> int:
+    """How many tiles of tokens there are."""
+    return -(-len(x) // _TOKENS)
+
+
+def _plan(blocks: Blocks, x: Tensor) -> Tensor:
+    """Which tiles each thread block takes, (thread blocks, most of one) int32; made once.
+
+    Making it waits for the device.
+    """
+    tiles = _tiles(x)
+    if tiles not in blocks.plans:
+        at_once = torch.cuda.get_device_properties(x.device).multi_processor_count
+        near = max(1, min(4, _NEAR // (2 * _TOKENS * blocks.channels)))
+        steps = (blocks.starts.diff() * (blocks.block[1] // _STEP)).tolist()
+        shares = share_out(steps, tiles, at_once, near)
+        with torch.inference_mode(False):  # it outlives the mode
+            made = [torch.tensor(share, dtype=torch.int32) for share in shares]
+            padded = pad_sequence(made, batch_first=True, padding_value=-1)
+            blocks.plans[tiles] = padded.to(x.device)
+    return blocks.plans[tiles]
+
+
+def share_out(steps: Sequence[int], tiles: int, among: int, near: int) -> list[list[int]]:
+    """Numbers of the tiles that each of some thread blocks takes, one after another.
+
+    Each tile goes to the one that is free first. So many tiles of tokens are `near`: all lines of
+    them come before others, the longest first.
+
+    Args:
+        steps: of each line of tiles.
+        tiles: of tokens; the one of tokens t and line l has the number t * lines + l.
+        among: how many thread blocks at most.
+        near: see above.
+    """
+    lines = sorted(range(len(steps)), key=steps.__getitem__, reverse=True)
+    shares: list[list[int]] = [[] for _ in range(min(among, tiles * len(steps)))]
+    free = [(0, who) for who in range(len(shares))]
+    heapify(free)
+    for first in range(0, tiles, near):
+        for line in lines:
+            for tile in range(first, min(first + near, tiles)):
+                at, who = free[0]
+                shares[who].append(tile * len(steps) + line)
+                heapreplace(free, (at + steps[line] + _ENDING, who))
+    return shares

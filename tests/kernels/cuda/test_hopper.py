@@ -1,4 +1,4 @@
-"""On a GPU of compute capability 9.0: `pytest -m gpu`."""
+"""On a GPU of compute capability 9.0: `pytest -m gpu`; how tiles are shared out, anywhere."""
 
 import pytest
 import torch
@@ -11,13 +11,10 @@ from kernels.cuda.linear import chosen, compute
 from kernels.reference import activate
 from tests.kernels.cuda.test_linear import BOUND, masked
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
-        reason="needs a CUDA device of 9.0",
-    ),
-]
+on_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="needs a CUDA device of 9.0",
+)
 ACTIVATIONS = ["none", "relu", "relu6", "silu", "gelu"]
 
 
@@ -36,6 +33,8 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> No
     assert torch.equal(y, compute("hopper", blocks, x, bias, activation))
 
 
+@pytest.mark.gpu
+@on_hopper
 @pytest.mark.parametrize("width", [64, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tokens", [1, 63, 256, 257, 1000])
@@ -50,6 +49,8 @@ def test_ragged_tokens(tokens: int, dtype: torch.dtype, width: int) -> None:
         check(3 * x, weight, bias, activation)
 
 
+@pytest.mark.gpu
+@on_hopper
 @pytest.mark.parametrize("width", [64, 128])
 @pytest.mark.parametrize("density", [0.02, 0.1, 0.5])
 def test_more_tiles_than_run_at_once(density: float, width: int) -> None:
@@ -61,6 +62,8 @@ def test_more_tiles_than_run_at_once(density: float, width: int) -> None:
     check(torch.randn(5000, 8192, device="cuda").bfloat16(), weight, None, "none")
 
 
+@pytest.mark.gpu
+@on_hopper
 def test_rows_without_blocks_are_the_bias() -> None:
     weight = masked(256, 256, (128, 128), 0, torch.float16)
     weight[:128, :128] = 0.1
@@ -70,6 +73,8 @@ def test_rows_without_blocks_are_the_bias() -> None:
     assert not hopper.takes(nothing, x)
 
 
+@pytest.mark.gpu
+@on_hopper
 def test_it_is_taken_and_replayed() -> None:
     weight = masked(4096, 2048, (128, 128), 0.2, torch.bfloat16)
     packed = kernels.pack_linear(weight)
@@ -86,6 +91,46 @@ def test_it_is_taken_and_replayed() -> None:
     x.copy_(torch.randn_like(x))
     graph.replay()
     assert torch.equal(y, linear(x, packed.data, None, 4096))
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):  # of other tokens than any before
+        assert chosen(blob.read(packed.data), torch.cat([x, x])) == "many"
     residual = torch.randn_like(y)
     added = linear.residual(x, packed.data, None, residual, 4096, "relu")
     torch.testing.assert_close(added, torch.relu(y + residual), rtol=2e-2, atol=2e-2)
+
+
+@on_hopper
+@pytest.mark.gpu
+def test_a_graph_outlives_a_weight_that_is_written_to() -> None:
+    weight = masked(4096, 1024, (128, 128), 0.2, torch.bfloat16)
+    packed = kernels.pack_linear(weight)
+    other = kernels.pack_linear(weight.roll((128, 128), (0, 1)))
+    x, linear = (
+        torch.randn(8192, 1024, device="cuda").bfloat16(),
+        torch.ops.sparse_nas.sparse_linear,
+    )
+    linear(x, packed.data, None, 4096)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = linear(x, packed.data, None, 4096)
+    packed.data.copy_(other.data)
+    true = linear(x, packed.data, None, 4096)
+    filled = [torch.full((132, 40), -1, dtype=torch.int32, device="cuda") for _ in range(64)]
+    graph.replay()
+    assert torch.equal(y, true) and len(filled) == 64
+
+
+@pytest.mark.parametrize(
+    ("lines", "tiles", "among", "near"), [(64, 32, 132, 4), (7, 3, 132, 1), (33, 40, 10, 4)]
+)
+def test_tiles_are_shared_out(lines: int, tiles: int, among: int, near: int) -> None:
+    """All of them once, in an order that brings neighbours, and none has much more than others."""
+    torch.manual_seed(0)
+    steps = torch.randint(0, 12, (lines,)).tolist()
+    shares = hopper.share_out(steps, tiles, among, near)
+    assert len(shares) == min(among, lines * tiles)
+    assert sorted(tile for share in shares for tile in share) == list(range(lines * tiles))
+    for share in shares:
+        groups = [tile // lines // near for tile in share]
+        assert groups == sorted(groups)
+    times = [sum(steps[tile % lines] + 2 for tile in share) for share in shares]
+    assert max(times) - min(times) <= max(steps) + 2

@@ -2,6 +2,7 @@
 
 import zlib
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -113,7 +114,8 @@ class Blocks:
         longest: most blocks of a row of blocks; found when read.
         room: bytes of the largest tile; found when read.
         plans: which tiles thread blocks of hopper.cu take, by how many tiles of tokens there are;
-            made when needed.
+            made when needed. Of a weight that is written over they stay right, for a graph too.
+        planned: which of them were made for these blocks.
         whole: (rows, channels): `values` of a dense weight; of blocks what they unpack to, where
             so much is kept that PyTorch's product may be the fastest, or None; made when read.
     """
@@ -134,7 +136,8 @@ class Blocks:
     longest: int = 0
     room: int = 0
     whole: Tensor | None = None
-    plans: dict[int, Tensor] = field(default_factory=dict)
+    plans: dict[int, list[Tensor]] = field(default_factory=dict)
+    planned: set[int] = field(default_factory=set)
 
     @property
     def has_entries(self) -> bool:
@@ -184,14 +187,17 @@ def read(data: Tensor) -> Blocks:
 
 def _over(old: Blocks, new: Blocks) -> Blocks:
     """What was made anew, in the place of what it replaces where it fits: a graph may read it."""
-    made = {"order": _copied(old.order, new.order)}
+    made: dict[str, Any] = {"order": _copied(old.order, new.order)}
     made["two_of_four"] = _copied(old.two_of_four, new.two_of_four)
+    if (old.rows, old.block) == (new.rows, new.block):
+        made["plans"] = old.plans
     if not old.dense and not new.dense:
         made["whole"] = _copied(old.whole, new.whole)
     return replace(new, **made)
 
 
 def _copied(old: Tensor | None, new: Tensor | None) -> Any:
+    """What replaces an old tensor, in its place where it fits: a graph may read that."""
     if old is None or new is None:
         return new
     alike = (old.shape, old.dtype, old.device) == (new.shape, new.dtype, new.device)
@@ -204,7 +210,7 @@ def _left(old: Blocks, new: Blocks) -> list[Tensor | None]:
         (getattr(old, name), getattr(new, name)) for name in ("order", "two_of_four", "whole")
     )
     left = [before for before, now in pairs if before is not None and before is not now]
-    return [*left, *old.plans.values()]
+    return left if new.plans is old.plans else [*left, *chain(*old.plans.values())]
 
 
 _met: Any = WeakTensorKeyDictionary()

@@ -122,7 +122,7 @@ def function(
     """
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            f"{name}: call it with the same weight and number of tokens before a graph is captured"
+            f"{name}: call it once with the same arguments before a graph is captured"
         )
     major, minor = capability(device)
     target = f"sm_{major}{minor}" + ("a" if (major, minor) == (9, 0) else "")
@@ -195,7 +195,7 @@ def _why_not(architecture: int) -> str:
         if architecture not in known:
             raise CompileError(f"NVRTC knows {known}, not {architecture}")
     except CompileError as error:
-        logging.getLogger("kernels").warning("GPU kernels for few tokens run in Triton: %s", error)
+        logging.getLogger("kernels").warning("no GPU kernels in CUDA C++: %s", error)
         return str(error)
     return ""
 

@@ -159,6 +159,7 @@ hopper(const __grid_constant__ Map xs, const __grid_constant__ Map ws, const __g
       before = base + EMPTY + 8 * stage;
     }
     asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    asm volatile("" : C64(0), C64(64)::"memory");  // sums are read from here on only
     if (steps && lane == 0) arrive(before);
     const int token = lane / 16 * 8 + lane % 8, chunk = (quarter * 2 + lane / 8 % 2) ^ token % 8;
     const u32 to = staged + token * LINE + chunk * 16;

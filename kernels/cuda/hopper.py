@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from heapq import heapify, heapreplace
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from kernels.cuda.blob import Blocks
 from kernels.cuda.driver import available, capability, function, tensor_map
@@ -16,14 +16,17 @@ _STORED = 64  # tokens that a group of warps writes at once
 _LINE = 128  # bytes of a line of what is copied
 _SHARED = _STAGES * (_TOKENS + ROWS) * _LINE + 4 * _STORED * _LINE + 16 * _STAGES + 1024
 _ENDING = 2  # steps that beginning and ending a tile take as long as
+_ROUND = 8  # tiles of a thread block are planned as a multiple of this, so that plans are alike
 _NEAR = 2**24  # bytes of x that stay in the second-level cache beside weights and results
+_PLANNED = 2**17  # tiles, of which a plan takes a twentieth of a second
 _MANY, _LARGE = 8192, 2**25  # tokens, and results, from which it was faster than many.py
 
 
 def takes(blocks: Blocks, x: Tensor) -> bool:
     """Whether this kernel computes it: bfloat16 or float16, blocks of 128 rows, columns in 64s.
 
-    Not where a graph is captured of a weight and a number of tokens that it has not met.
+    Not where a graph is captured of a weight and a number of tokens that it has not met; that it
+    met them with a bias, or without, and with that activation is asked for then.
     """
     narrow = x.dtype in (torch.bfloat16, torch.float16) and len(x) > 0
     fits = blocks.in_blocks and blocks.block[0] == ROWS and blocks.block[1] % _STEP == 0
@@ -31,12 +34,15 @@ def takes(blocks: Blocks, x: Tensor) -> bool:
         return False
     if capability(x.device.index) != (9, 0) or not available(x.device.index):
         return False
-    return _tiles(x) in blocks.plans or not torch.cuda.is_current_stream_capturing()
+    here: Any = torch.cuda.device_of
+    with here(x):
+        return _tiles(x) in blocks.plans or not torch.cuda.is_current_stream_capturing()
 
 
 def pays(blocks: Blocks, x: Tensor) -> bool:
     """Whether it was faster than many.py, by a rule of thumb."""
-    return len(x) >= _MANY and len(x) * blocks.rows >= _LARGE
+    tiles = _tiles(x) * (blocks.rows // ROWS)
+    return len(x) >= _MANY and len(x) * blocks.rows >= _LARGE and tiles <= _PLANNED
 
 
 def linear(blocks: Blocks, x: Tensor, bias: Tensor | None, activation: int) -> Tensor:
@@ -70,19 +76,27 @@ def _tiles(x: Tensor) -> int:
 def _plan(blocks: Blocks, x: Tensor) -> Tensor:
     """Which tiles each thread block takes, (thread blocks, most of one) int32; made once.
 
-    Making it waits for the device.
+    Making it waits for the device; while a graph is captured one of a weight that was written over
+    serves, less evenly.
     """
     tiles = _tiles(x)
-    if tiles not in blocks.plans:
-        at_once = torch.cuda.get_device_properties(x.device).multi_processor_count
-        near = max(1, min(4, _NEAR // (2 * _TOKENS * blocks.channels)))
-        steps = (blocks.starts.diff() * (blocks.block[1] // _STEP)).tolist()
-        shares = share_out(steps, tiles, at_once, near)
-        with torch.inference_mode(False):  # it outlives the mode
-            made = [torch.tensor(share, dtype=torch.int32) for share in shares]
-            padded = pad_sequence(made, batch_first=True, padding_value=-1)
-            blocks.plans[tiles] = padded.to(x.device)
-    return blocks.plans[tiles]
+    held = blocks.plans.get(tiles, [])
+    if tiles in blocks.planned or torch.cuda.is_current_stream_capturing():
+        return held[-1]
+    at_once = torch.cuda.get_device_properties(x.device).multi_processor_count
+    near = max(1, min(8, _NEAR // (2 * _TOKENS * blocks.channels)))
+    steps = (blocks.starts.diff() * (blocks.block[1] // _STEP)).tolist()
+    shares = share_out(steps, tiles, at_once, near)
+    waves = -(-max(map(len, shares)) // _ROUND) * _ROUND
+    lines = [share + [-1] * (waves - len(share)) for share in shares]
+    with torch.inference_mode(False):  # it outlives the mode
+        made = torch.tensor(lines, dtype=torch.int32, device="cpu")
+        if held and held[-1].shape == made.shape:
+            held[-1].copy_(made)
+        else:
+            blocks.plans[tiles] = held = [*held, made.to(x.device)]
+    blocks.planned.add(tiles)
+    return held[-1]
 
 
 def share_out(steps: Sequence[int], tiles: int, among: int, near: int) -> list[list[int]]:

@@ -122,7 +122,7 @@ def chosen(blocks: blob.Blocks, tokens: Tensor) -> str:
         return "few"
     if blocks.whole is not None and not (has_triton() and blocks.pays(count)):
         return "dense"
-    return "hopper" if hopper.takes(blocks, tokens) and hopper.pays(blocks, tokens) else "many"
+    return "hopper" if hopper.pays(blocks, tokens) and hopper.takes(blocks, tokens) else "many"
 
 
 def takes(kernel: str, blocks: blob.Blocks, x: Tensor) -> bool:

@@ -1,12 +1,14 @@
 """On a GPU of compute capability 9.0: `pytest -m gpu`; how tiles are shared out, anywhere."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 import kernels
-from kernels.cuda import blob, hopper
+from kernels.cuda import blob, hopper, pack
 from kernels.cuda.linear import chosen, compute
 from kernels.reference import activate
 from tests.kernels.cuda.test_linear import BOUND, masked
@@ -112,11 +114,13 @@ def test_a_graph_outlives_a_weight_that_is_written_to() -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = linear(x, packed.data, None, 4096)
+    plan = blob.read(packed.data).plans[32][-1]
     packed.data.copy_(other.data)
-    true = linear(x, packed.data, None, 4096)
-    filled = [torch.full((132, 40), -1, dtype=torch.int32, device="cuda") for _ in range(64)]
+    blob.read(packed.data)
+    filled = [torch.full_like(plan, -1) for _ in range(64)]  # where it would lie, were it freed
     graph.replay()
-    assert torch.equal(y, true) and len(filled) == 64
+    assert torch.equal(y, linear(x, packed.data, None, 4096)) and len(filled) == 64
+    assert blob.read(packed.data).plans[32][-1].data_ptr() == plan.data_ptr()
 
 
 @pytest.mark.parametrize(
@@ -134,3 +138,19 @@ def test_tiles_are_shared_out(lines: int, tiles: int, among: int, near: int) -> 
         assert groups == sorted(groups)
     times = [sum(steps[tile % lines] + 2 for tile in share) for share in shares]
     assert max(times) - min(times) <= max(steps) + 2
+
+
+def test_plans_are_written_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    card = SimpleNamespace(multi_processor_count=7)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    weight = torch.zeros(1024, 512).half()
+    weight[:256, :256] = 1
+    data, x = pack.pack_linear(weight).data, torch.empty(1000, 512)
+    first = hopper._plan(blob.read(data), x)
+    assert first.shape == (7, 8) and sorted(first[first >= 0].tolist()) == list(range(32))
+    before = first.clone()
+    data.copy_(pack.pack_linear(weight.roll(256, 0)).data)
+    again = hopper._plan(blob.read(data), x)
+    assert again is first and not torch.equal(again, before)
+    assert len(blob.read(data).plans[4]) == 1 and blob._met[data][2] == []

@@ -16,7 +16,7 @@ from kernels.cuda.checks import check_index, rule
 from kernels.cuda.driver import has_triton
 from kernels.patterns import pattern_of
 
-VERSION = 3
+VERSION = 4
 LINEAR, CONV2D = 1, 2
 OPERATIONS = {LINEAR: "sparse_linear", CONV2D: "sparse_conv2d"}
 DENSE, BLOCKS, ENTRIES, CHANNEL = 0, 1, 2, 3
@@ -54,6 +54,7 @@ HEADER = np.dtype(
     + [(f"at_{name}", "<i8") for name in _SECTIONS]
 )
 TILE, TILE_ROWS = 2048, (16, 32, 64)  # weights of a tile
+EIGHT = 6  # words of eight entries
 _SPACE = 128  # the header and what follows it; sections begin at multiples of this
 
 
@@ -95,10 +96,10 @@ class Blocks:
         channels: columns of the matrix: input features, or kernel positions times input channels.
         block: (rows, columns) of a block; of a weight that is not in blocks its shape.
         starts: (rows / block rows + 1,) int32, where each row of blocks begins; or (rows + 1,),
-            where each row of entries does, a multiple of 4.
+            where each row of entries does, in eights.
         columns: (blocks,) int32, which column of blocks each is in, ascending in a row; or
-            (entries,): a column below, the bits of a value of 16 bits above; or which rows are
-            kept of a channel pattern, ascending.
+            (words,) of entries as entries.cu describes them: the values of all eights, then their
+            columns; or which rows are kept of a channel pattern, ascending.
         values: (blocks, block rows, block columns), or (rows, channels) of a dense weight, or
             (rows kept, channels) of a channel pattern.
         dense: whether the whole weight is stored, perhaps with its entries.
@@ -143,6 +144,11 @@ class Blocks:
     def has_entries(self) -> bool:
         """Whether non-zeros are stored one by one beside the whole weight."""
         return self.dense and len(self.starts) > 0
+
+    @property
+    def entries(self) -> int:
+        """How many non-zeros are stored one by one, with zeros that fill up their eights."""
+        return len(self.columns) // EIGHT * 8 if self.has_entries else 0
 
     @property
     def in_blocks(self) -> bool:
@@ -333,6 +339,7 @@ def _lengths(head: Any, form: Form) -> tuple[torch.dtype, list[int]]:
         rule((height, width) == (rows, channels), "block", "the whole", (height, width))
     stored = next(known for known, number in DTYPES.items() if number == dtype)
     rule(kind != DENSE or count == 0, "entries", "none", count)
+    rule(kind != ENTRIES or count % EIGHT == 0, "words of entries", f"in {EIGHT}s", count)
     rule(kind != ENTRIES or stored.itemsize == 2, "dtype of entries", "of 2 bytes", stored)
     rule(kind != ENTRIES or form.taps == form.groups == 1, "kernel of entries", "1x1", form)
     rule(kind != CHANNEL or form.groups == 1, "groups of a channel pattern", "1", form.groups)

@@ -18,11 +18,11 @@ class Plan:
 
     Attributes:
         warps: of a thread block, each of which takes a row.
-        loads: of four entries, that a lane asks for at once.
+        eights: of entries, that a lane asks for at once.
     """
 
     warps: int
-    loads: int
+    eights: int
 
 
 def takes(blocks: Blocks, x: Tensor) -> bool:
@@ -34,7 +34,7 @@ def takes(blocks: Blocks, x: Tensor) -> bool:
 
 def plan(blocks: Blocks) -> Plan:
     """What was fastest on an H200 for weights like this one."""
-    return Plan(16, 4) if blocks.rows <= 4096 else Plan(32, 2)
+    return Plan(16, 2) if blocks.rows <= 4096 else Plan(32, 1)
 
 
 def linear(
@@ -44,10 +44,10 @@ def linear(
     how = how or plan(blocks)
     y = x.new_empty(len(x), blocks.rows)
     narrow = ("BF16", int(x.dtype is torch.bfloat16))
-    defines = (("COUNT", len(x)), ("WARPS", how.warps), ("U", how.loads), narrow)
+    defines = (("COUNT", len(x)), ("WARPS", how.warps), ("U", how.eights), narrow)
     kernel = function("entries.cu", "entries", x.device.index, defines, dynamic=True)
     tensors = (blocks.columns, blocks.starts, x, bias, y)
-    numbers = (blocks.channels, blocks.rows, activation)
+    numbers = (blocks.entries // 8, blocks.channels, blocks.rows, activation)
     grid = (-(-blocks.rows // how.warps), 1)
     kernel.launch(grid, 32 * how.warps, tensors, numbers, blocks.channels * _BYTES)
     return y

@@ -34,7 +34,7 @@ def takes(blocks: Blocks, x: Tensor) -> bool:
 
 def pays(blocks: Blocks, x: Tensor) -> bool:
     """Whether it was faster than dense, by a rule of thumb."""
-    kept = len(blocks.columns) / (blocks.rows * blocks.channels)
+    kept = blocks.entries / (blocks.rows * blocks.channels)
     return kept <= (0.4 if len(x) <= 16 else 0.25)
 
 

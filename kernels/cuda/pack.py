@@ -11,6 +11,7 @@ from kernels.packed import Packed
 WORTH = 0.7  # a weight of which more would be stored in blocks is kept dense
 _BLOCKS = 96  # rows of tiles at least, where there are rows enough
 _AT_ONCE = 2**26  # weights that are cut into tiles at once
+_STEP = 63  # columns from an entry to the next at most
 SPARSE = 0.35  # kept of a dense weight, up to which its entries are stored beside it
 
 
@@ -133,16 +134,34 @@ def _has_entries(matrix: Tensor, form: b.Form) -> bool:
 
 
 def _entries(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Where rows start, and their entries, zeros behind them up to a multiple of four."""
+    """Where rows start, in eights, and the words of their entries: see entries.cu."""
     row, column = weight.nonzero(as_tuple=True)
-    counts = torch.bincount(row, minlength=len(weight))
-    ends, first = counts.cumsum(0), (counts + 3) // 4 * 4
-    starts = torch.cat([first.new_zeros(1), first.cumsum(0)])
-    place = starts[row] + torch.arange(len(row), device=row.device) - (ends - counts)[row]
-    held = torch.zeros(int(starts[-1]), dtype=torch.int32, device=row.device)
-    bits = weight[row, column].view(torch.int16).int()
-    held[place] = column.int() | (bits << 16)
-    return starts.int(), held
+    first = torch.ones_like(row, dtype=torch.bool)
+    first[1:] = row[1:] != row[:-1]
+    gap = column.diff(prepend=column[:1]).masked_fill(first, 0)
+    fill = (gap - 1).clamp(min=0) // _STEP  # zeros on the way from the one before
+    ends = (fill + 1).cumsum(0)
+    which = torch.repeat_interleave(fill + 1)  # of the non-zeros each is or leads to
+    left = ends[which] - 1 - torch.arange(len(which), device=row.device)  # steps to it
+    counts = torch.zeros(len(weight), dtype=torch.long, device=row.device)
+    counts.index_add_(0, row, fill + 1)
+    starts = F.pad(((counts + 7) // 8).cumsum(0), (1, 0))
+    begins = counts.cumsum(0) - counts
+    place = (8 * starts[:-1] - begins)[row[which]] + torch.arange(len(which), device=row.device)
+    columns = torch.zeros(8 * int(starts[-1]), dtype=torch.long, device=row.device)
+    values = columns.to(weight.dtype)
+    columns[place] = (column - gap)[which] + ((fill[which] - left + 1) * _STEP)
+    real = left == 0
+    columns[place[real]], values[place[real]] = column, weight[row, column]
+    return starts.int(), torch.cat([values.view(torch.int32), _codes(columns.view(-1, 8))])
+
+
+def _codes(columns: Tensor) -> Tensor:
+    """Two words of each eight columns: the first, and how far each is behind the one before."""
+    steps = columns.diff().clamp(min=0)  # what fills up the last eight of a row stays in place
+    shifts = torch.arange(5, device=columns.device) * 6
+    low = columns[:, 0] + (steps[:, :2] << 16 + shifts[:2]).sum(1)
+    return torch.stack([low, (steps[:, 2:] << shifts).sum(1)], 1).int().flatten()
 
 
 def _tile_rows(rows: int) -> int:

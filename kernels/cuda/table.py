@@ -51,7 +51,7 @@ def put(blocks: Blocks, key: Hashable, kernel: str) -> None:
 def _weight(blocks: Blocks, conv: bool) -> list[str]:
     dense, whole = blocks.dense, blocks.rows * blocks.channels
     kind = "x".join(map(str, (1, 1) if blocks.has_entries else blocks.block))
-    stored, dtype = len(blocks.columns) if dense else blocks.values.numel(), blocks.values.dtype
+    stored, dtype = blocks.entries if dense else blocks.values.numel(), blocks.values.dtype
     words = ["kernels of", "conv2d" if conv else "linear", f"{blocks.rows}x{blocks.channels}"]
     words += [str(dtype), *(["tf32 of", narrowed(dtype, conv)] if narrowed(dtype, conv) else [])]
     words += [kind, "kept", measured.share(stored, whole)]

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.cuda import blob, pack
+from kernels.cuda.checks import columns_of
 from tests.kernels import draws
 
 BLOCKS = [(1, 1), (16, 16), (16, 64), (32, 32), (64, 32), (128, 16)]
@@ -21,9 +22,17 @@ def masked(rows: int, channels: int, block: tuple[int, int], dtype: torch.dtype)
     return (torch.randn(rows, channels, generator=generator) * mask).to(dtype)
 
 
-def decoded(entries: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Places and values of entries of four bytes."""
-    return entries & 0xFFFF, (entries >> 16).to(torch.int16).view(dtype)
+def decoded(words: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Columns and values of entries, (eights, 8), by the words of entries.cu one by one."""
+    count = len(words) // 6
+    values = words[: 4 * count].view(dtype).view(count, 8)
+    columns = []
+    for low, high in words[4 * count :].view(count, 2).tolist():
+        eight = [low & 0xFFFF]
+        for step in (low >> 16, low >> 22, high, high >> 6, high >> 12, high >> 18, high >> 24):
+            eight.append(eight[-1] + (step & 63))
+        columns.append(eight)
+    return torch.tensor(columns), values
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -128,11 +137,13 @@ def test_entries_and_tiles_are_the_weight(
     weight = masked(*shape, (1, 1), dtype)
     found, rows = blob.read(pack.pack_linear(weight).data), torch.zeros_like(weight)
     assert found.has_entries and found.tile_rows == high
+    columns, values = decoded(found.columns, dtype)
+    assert torch.equal(columns, columns_of(found.columns))
     for row in range(shape[0]):
-        column, value = decoded(found.columns[found.starts[row] : found.starts[row + 1]], dtype)
-        assert len(column) % 4 == 0
-        rows[row].index_add_(0, column, value)  # what fills up is zero
-    assert torch.equal(rows, weight)
+        mine = slice(found.starts[row], found.starts[row + 1])
+        rows[row].index_add_(0, columns[mine].flatten(), values[mine].flatten())
+    assert torch.equal(rows, weight)  # what fills up is zero
+    assert found.entries == values.numel()
     whole = tiled(found)
     assert torch.equal(whole[: shape[0], : shape[1]], weight)
     assert whole.count_nonzero() == weight.count_nonzero()
@@ -140,6 +151,26 @@ def test_entries_and_tiles_are_the_weight(
     assert len(found.pairs) < 48 * (len(found.tiles) - 1) + weight.count_nonzero() + 4 * len(
         found.tiles
     )
+
+
+@pytest.mark.parametrize("density", [0.002, 0.01, 0.1])
+def test_entries_far_from_each_other(density: float) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(40, 5000).half() * (torch.rand(40, 5000) < density)
+    weight[3], weight[4] = 0, 0
+    weight[4, 4999], weight[5, :300] = 2, 1
+    for at in (62, 63, 64, 126, 127):  # each from the one before: steps of 63 at most
+        weight[6] = 0
+        weight[6, 70], weight[6, 70 + at] = 1, -1
+        found = blob.read(pack.pack_linear(weight).data)
+        columns, values = decoded(found.columns, torch.half)
+        rows = torch.zeros_like(weight)
+        for row in range(40):
+            mine = slice(found.starts[row], found.starts[row + 1])
+            rows[row].index_add_(0, columns[mine].flatten(), values[mine].flatten())
+        assert torch.equal(rows, weight)
+        eights = int(found.starts[7] - found.starts[6])
+        assert eights == 1 and int(values[found.starts[6]].ne(0).sum()) == 2
 
 
 def test_there_are_no_tiles_where_tokens_are_not_aligned() -> None:
@@ -161,24 +192,25 @@ def test_spoiled_bytes_are_refused(place: int, value: int, block: tuple[int, int
 
 
 @pytest.mark.parametrize(
-    ("block", "part", "value", "rule"),
+    ("block", "part", "at", "value", "rule"),
     [
-        ((16, 32), "starts", 1, "starts must be ascending from 0"),
-        ((16, 32), "columns", 3, r"columns must be in \[0, 3\)"),
-        ((16, 32), "columns", -1, r"columns must be in \[0, 3\)"),
-        ((1, 1), "starts", 4, "starts must be ascending from 0"),
-        ((1, 1), "columns", 96, r"columns must be in \[0, 96\)"),
-        ((1, 1), "tiles", 1, "tiles must be ascending from 0"),
-        ((1, 1), "pairs", -1, "tiles must be lists of pairs, lane by lane"),
-        ((1, 1), "pairs", 0, "tiles must be lists of pairs, lane by lane"),
+        ((16, 32), "starts", 0, 1, "starts must be ascending from 0"),
+        ((16, 32), "columns", 0, 3, r"columns must be in \[0, 3\)"),
+        ((16, 32), "columns", 0, -1, r"columns must be in \[0, 3\)"),
+        ((1, 1), "starts", 0, 4, "starts must be ascending from 0"),
+        ((1, 1), "columns", -2, 96, r"columns must be in \[0, 96\)"),
+        ((1, 1), "columns", -1, -1, r"columns must be in \[0, 96\)"),
+        ((1, 1), "tiles", 0, 1, "tiles must be ascending from 0"),
+        ((1, 1), "pairs", 0, -1, "tiles must be lists of pairs, lane by lane"),
+        ((1, 1), "pairs", 0, 0, "tiles must be lists of pairs, lane by lane"),
     ],
 )
 def test_a_kernel_never_sees_a_forged_index(
-    block: tuple[int, int], part: str, value: int, rule: str
+    block: tuple[int, int], part: str, at: int, value: int, rule: str
 ) -> None:
     data = pack.pack_linear(masked(64, 96, block, torch.bfloat16)).data
     view: Any = getattr(blob.read(data), part)
-    view[0] = value  # as the version of a tensor shows that it was written to, it is read again
+    view[at] = value  # as the version of a tensor shows that it was written to, it is read again
     with pytest.raises(ValueError, match=rule):
         blob.read(data)
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from kernels.block_index import BlockIndex
 from kernels.block_linear import reference
-from kernels.cuda.blob import DTYPES, SIZES
+from kernels.cuda.blocks import DTYPES, SIZES
 from kernels.cuda.driver import has_triton
 from kernels.cuda.linear import aligned
 from kernels.cuda.rounding import precision

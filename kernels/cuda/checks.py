@@ -1,14 +1,9 @@
 """Checks of a weight packed for a GPU: no kernel sees an index that points elsewhere."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from kernels.cuda.blob import Blocks
+from kernels.cuda.blocks import Blocks
 
 
 def rule(holds: bool, thing: str, law: str, value: object) -> None:

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from kernels.calls import activation_code, check_residual, geometry
 from kernels.cuda import blob, linear, table
+from kernels.cuda.blocks import CONV2D, Blocks
 from kernels.cuda.driver import has_triton
 from kernels.cuda.rounding import precision
 from kernels.reference import activate
@@ -63,12 +64,12 @@ def _pair(given: Sequence[int]) -> Pair:
     return height, width
 
 
-def is_product(blocks: blob.Blocks, window: Window) -> bool:
+def is_product(blocks: Blocks, window: Window) -> bool:
     """Whether it is but a product with each pixel: of `pixels`."""
     return window.of_pixels and blocks.form.groups == 1
 
 
-def takers(blocks: blob.Blocks) -> list[str]:
+def takers(blocks: Blocks) -> list[str]:
     """The ways that compute it where it is more than a product: ours, or PyTorch's."""
     names = ["implicit"] * (blocks.in_blocks and has_triton()) + ["channel"] * blocks.is_channel
     return names + ["dense"] * (blocks.whole is not None)
@@ -76,7 +77,7 @@ def takers(blocks: blob.Blocks) -> list[str]:
 
 def compute(
     way: str,
-    blocks: blob.Blocks,
+    blocks: Blocks,
     x: Tensor,
     bias: Tensor | None,
     window: Window,
@@ -98,7 +99,7 @@ def compute(
     return activate(y, activation).contiguous(memory_format=torch.channels_last)
 
 
-def chosen(blocks: blob.Blocks, x: Tensor, out: tuple[int, ...], window: Window) -> str:
+def chosen(blocks: Blocks, x: Tensor, out: tuple[int, ...], window: Window) -> str:
     """The way for x and `out` (N, C, H, W) where it is more than a product: one of `takers`.
 
     The fastest where it was measured (`kernels.tune`), else the one of a rule of thumb.
@@ -117,14 +118,14 @@ def key(x: Tensor, window: Window) -> Hashable:
     return (table.bucket(len(x)), *x.shape[1:], window)
 
 
-def name(blocks: blob.Blocks, x: Tensor, out: tuple[int, ...], window: Window) -> str:
+def name(blocks: Blocks, x: Tensor, out: tuple[int, ...], window: Window) -> str:
     """What `chosen` says, of a product the kernel of it."""
     if is_product(blocks, window):
         return linear.chosen(blocks, linear.aligned(pixels(x)))
     return chosen(blocks, x, out, window)
 
 
-def shape_of(blocks: blob.Blocks, x: Tensor, window: Window) -> tuple[int, int, int, int]:
+def shape_of(blocks: Blocks, x: Tensor, window: Window) -> tuple[int, int, int, int]:
     """The shape of the output (N, C, H, W).
 
     Raises:
@@ -145,7 +146,7 @@ def images(y: Tensor, out: tuple[int, ...]) -> Tensor:
 
 
 def _implicit(
-    blocks: blob.Blocks,
+    blocks: Blocks,
     x: Tensor,
     bias: Tensor | None,
     window: Window,
@@ -173,12 +174,12 @@ def _empty(x: Tensor, out: tuple[int, ...]) -> Tensor:
 
 
 def _check(
-    x: Tensor, blocks: blob.Blocks, out_channels: int, kernel: tuple[int, ...], groups: int
+    x: Tensor, blocks: Blocks, out_channels: int, kernel: tuple[int, ...], groups: int
 ) -> None:
     form = blocks.form
     packed = (form.operation, blocks.rows, form.kernel, form.groups)
     channels = blocks.channels // form.taps * form.groups
-    if packed != (blob.CONV2D, out_channels, kernel, groups) or channels != x.shape[1]:
+    if packed != (CONV2D, out_channels, kernel, groups) or channels != x.shape[1]:
         shape = (blocks.rows, blocks.channels // form.taps, *form.kernel)
         raise ValueError(
             f"sparse_conv2d: the weight was packed as {shape} with groups={form.groups}; it does "

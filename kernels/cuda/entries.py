@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.cuda.blob import Blocks
+from kernels.cuda.blocks import Blocks
 from kernels.cuda.driver import available, function, most_shared
 
 MOST_TOKENS = 2

@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from kernels.cuda.blob import Blocks
+from kernels.cuda.blocks import Blocks
 from kernels.cuda.driver import available, function
 
 MOST_TOKENS = 32

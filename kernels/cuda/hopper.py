@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.cuda.blob import Blocks
+from kernels.cuda.blocks import Blocks
 from kernels.cuda.driver import available, capability, function, tensor_map
 
 ROWS, _TOKENS, _STEP = 128, 256, 64

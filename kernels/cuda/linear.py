@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from kernels.calls import activation_code
 from kernels.cuda import blob, entries, expand, few, hopper, table, two_of_four
+from kernels.cuda.blocks import LINEAR, Blocks
 from kernels.cuda.driver import has_triton
 from kernels.reference import activate
 
@@ -29,7 +30,7 @@ def run(
             shape or device.
     """
     blocks = blob.read(weight)
-    if blocks.form.operation != blob.LINEAR or not x.dim():
+    if blocks.form.operation != LINEAR or not x.dim():
         raise ValueError(_mismatch(x, blocks, out_features))
     if (out_features, x.shape[-1]) != (blocks.rows, blocks.channels):
         raise ValueError(_mismatch(x, blocks, out_features))
@@ -41,7 +42,7 @@ def run(
 
 
 def product(
-    blocks: blob.Blocks,
+    blocks: Blocks,
     x: Tensor,
     bias: Tensor | None,
     activation: str,
@@ -65,7 +66,7 @@ def product(
 
 
 def compute(
-    kernel: str, blocks: blob.Blocks, x: Tensor, bias: Tensor | None, activation: str
+    kernel: str, blocks: Blocks, x: Tensor, bias: Tensor | None, activation: str
 ) -> Tensor:
     """Gives y (tokens, rows) of x (tokens, channels), as `aligned` gives it, by this kernel."""
     here: Any = torch.cuda.device_of
@@ -78,7 +79,7 @@ def compute(
 
 
 def _by_pytorch(
-    kernel: str, blocks: blob.Blocks, x: Tensor, bias: Tensor | None, activation: str
+    kernel: str, blocks: Blocks, x: Tensor, bias: Tensor | None, activation: str
 ) -> Tensor:
     same = None if bias is None else bias.to(x.dtype)
     if kernel == "two_of_four":
@@ -91,7 +92,7 @@ def _by_pytorch(
     return activate(F.linear(x, blocks.whole, same), activation)
 
 
-def spread(kept: Tensor, blocks: blob.Blocks, bias: Tensor | None, activation: str) -> Tensor:
+def spread(kept: Tensor, blocks: Blocks, bias: Tensor | None, activation: str) -> Tensor:
     """Gives (n, rows) of what a channel pattern keeps (n, rows kept); of others the bias."""
     y = kept.new_zeros(len(kept), blocks.rows)
     if bias is not None:
@@ -99,7 +100,7 @@ def spread(kept: Tensor, blocks: blob.Blocks, bias: Tensor | None, activation: s
     return y.index_copy_(1, blocks.order, kept)
 
 
-def chosen(blocks: blob.Blocks, tokens: Tensor) -> str:
+def chosen(blocks: Blocks, tokens: Tensor) -> str:
     """The kernel for x (tokens, channels): a module here, or what PyTorch's product is given.
 
     That is the whole weight (`dense`, `two_of_four`) or the rows that are kept (`channel`). The
@@ -125,7 +126,7 @@ def chosen(blocks: blob.Blocks, tokens: Tensor) -> str:
     return "hopper" if hopper.pays(blocks, tokens) and hopper.takes(blocks, tokens) else "many"
 
 
-def takes(kernel: str, blocks: blob.Blocks, x: Tensor) -> bool:
+def takes(kernel: str, blocks: Blocks, x: Tensor) -> bool:
     """Whether one of `KERNELS` computes x (tokens, channels) with this weight."""
     if kernel == "dense":
         return blocks.whole is not None
@@ -154,7 +155,7 @@ def aligned(x: Tensor) -> Tensor:
     return x.clone() if x.data_ptr() % 16 else x
 
 
-def _mismatch(x: Tensor, blocks: blob.Blocks, out_features: int) -> str:
+def _mismatch(x: Tensor, blocks: Blocks, out_features: int) -> str:
     kind = blob.OPERATIONS[blocks.form.operation]
     return (
         f"sparse_linear: the weight was packed as {(blocks.rows, blocks.channels)} for {kind}; it "
@@ -162,7 +163,7 @@ def _mismatch(x: Tensor, blocks: blob.Blocks, out_features: int) -> str:
     )
 
 
-def check(name: str, x: Tensor, blocks: blob.Blocks, bias: Tensor | None) -> None:
+def check(name: str, x: Tensor, blocks: Blocks, bias: Tensor | None) -> None:
     """Checks dtypes, devices and the bias.
 
     Raises:

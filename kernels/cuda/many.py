@@ -11,7 +11,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.block_index import BlockIndex
-from kernels.cuda.blob import Blocks
+from kernels.cuda.blocks import Blocks
 from kernels.cuda.driver import most_shared
 from kernels.cuda.rounding import precision
 

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.cuda import blob as b
+from kernels.cuda.blocks import CONV2D, DTYPES, LINEAR, SIZES, TILE, TILE_ROWS, Form
 from kernels.packed import Packed
 
 WORTH = 0.7  # a weight of which more would be stored in blocks is kept dense
@@ -28,7 +29,7 @@ def pack_linear(weight: Tensor) -> Packed:
         ValueError: not two dimensions, or another dtype.
     """
     _check("pack_linear", weight, ("out", "in"))
-    return _packed(weight.detach(), b.Form(b.LINEAR))
+    return _packed(weight.detach(), Form(LINEAR))
 
 
 def pack_conv2d(weight: Tensor, groups: int = 1) -> Packed:
@@ -51,30 +52,28 @@ def pack_conv2d(weight: Tensor, groups: int = 1) -> Packed:
     if not height * width:
         raise ValueError(f"pack_conv2d: the kernel must not be empty, got {height}x{width}")
     by_tap = weight.detach().permute(0, 2, 3, 1)
-    return _packed(
-        by_tap.reshape(rows, by_tap[:1].numel()), b.Form(b.CONV2D, (height, width), groups)
-    )
+    return _packed(by_tap.reshape(rows, by_tap[:1].numel()), Form(CONV2D, (height, width), groups))
 
 
 def _check(name: str, weight: Tensor, dims: tuple[str, ...]) -> None:
-    if weight.dim() != len(dims) or weight.dtype not in b.DTYPES:
+    if weight.dim() != len(dims) or weight.dtype not in DTYPES:
         raise ValueError(
             f"{name}: weight must be float32, bfloat16 or float16 ({', '.join(dims)}), "
             f"got {weight.dtype} {tuple(weight.shape)}"
         )
 
 
-def _packed(matrix: Tensor, form: b.Form) -> Packed:
+def _packed(matrix: Tensor, form: Form) -> Packed:
     raw = _write(matrix, form)
     return Packed(raw, b.meta_of(raw, b.pattern(matrix, form)))
 
 
-def _block(matrix: Tensor, form: b.Form) -> tuple[int, int] | None:
+def _block(matrix: Tensor, form: Form) -> tuple[int, int] | None:
     """The largest block that stores about as little as any; None where dense is as good."""
     stored: dict[tuple[int, int], int] = {}
     rows, channels = matrix.shape[0], matrix.shape[1] // form.taps
-    for height in b.SIZES:
-        for width in b.SIZES:
+    for height in SIZES:
+        for width in SIZES:
             if rows % height == 0 and channels % width == 0:
                 kept = _grid(matrix, height, width).ne(0).any(3).any(2)
                 stored[height, width] = int(kept.sum()) * height * width
@@ -84,7 +83,7 @@ def _block(matrix: Tensor, form: b.Form) -> tuple[int, int] | None:
     return max(block for block, size in stored.items() if size <= 1.1 * least)
 
 
-def _channel(matrix: Tensor, form: b.Form) -> Tensor | None:
+def _channel(matrix: Tensor, form: Form) -> Tensor | None:
     """Which rows are kept where all others are zero and that saves enough; or None."""
     kept = matrix.ne(0)
     rows = kept.any(1)
@@ -98,7 +97,7 @@ def _grid(matrix: Tensor, height: int, width: int) -> Tensor:
     return matrix.reshape(rows // height, height, columns // width, width).transpose(1, 2)
 
 
-def _write(matrix: Tensor, form: b.Form) -> Tensor:
+def _write(matrix: Tensor, form: Form) -> Tensor:
     rows, columns = matrix.shape
     rows_kept, block = _channel(matrix, form), _block(matrix, form)
     rows_kept = rows_kept if block is None else None  # blocks are written faster than rows
@@ -118,7 +117,7 @@ def _write(matrix: Tensor, form: b.Form) -> Tensor:
         places, values = full.nonzero()[:, 1].int(), grid[full].contiguous()
     head = np.zeros((), b.HEADER)
     head["words"], head["tile_rows"] = len(pairs), high
-    head["kind"], head["dtype"], head["operation"] = kind, b.DTYPES[matrix.dtype], form.operation
+    head["kind"], head["dtype"], head["operation"] = kind, DTYPES[matrix.dtype], form.operation
     head["kernel_h"], head["kernel_w"], head["groups"] = *form.kernel, form.groups
     head["rows"], head["columns"] = rows, columns
     head["block_rows"], head["block_columns"] = block or (rows, columns)
@@ -126,7 +125,7 @@ def _write(matrix: Tensor, form: b.Form) -> Tensor:
     return b.write(head, (starts, places, values, tiles, pairs))
 
 
-def _has_entries(matrix: Tensor, form: b.Form) -> bool:
+def _has_entries(matrix: Tensor, form: Form) -> bool:
     rows, columns = matrix.shape
     alone = form.taps == form.groups == 1
     fits = alone and matrix.itemsize == 2 and columns <= 2**16 and rows * columns < 2**31
@@ -166,7 +165,7 @@ def _codes(columns: Tensor) -> Tensor:
 
 def _tile_rows(rows: int) -> int:
     """Rows of a tile: as many as leave enough thread blocks, each of which reads all of x."""
-    return next((high for high in b.TILE_ROWS[::-1] if rows >= _BLOCKS * high), b.TILE_ROWS[0])
+    return next((high for high in TILE_ROWS[::-1] if rows >= _BLOCKS * high), TILE_ROWS[0])
 
 
 def _tiles(weight: Tensor, high: int) -> tuple[Tensor, Tensor]:
@@ -201,7 +200,7 @@ def _pairs(weight: Tensor, high: int) -> Tensor:
     Lane l multiplies of each 16 rows and 32 columns the row l // 4 and the one eight further, of
     each four pairs from column l % 4 * 8 on.
     """
-    wide, (rows, columns) = b.TILE // high, weight.shape
+    wide, (rows, columns) = TILE // high, weight.shape
     whole = F.pad(weight + 0, (0, -columns % wide, 0, -rows % high))  # -0 + 0 is 0
     grid = whole.view(-(-rows // high), high // 16, 2, 8, -(-columns // wide), wide // 32, 4, 8)
     lanes = grid.permute(0, 4, 3, 6, 1, 5, 2, 7).contiguous()

@@ -6,7 +6,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from kernels import measured
-from kernels.cuda.blob import Blocks
+from kernels.cuda.blocks import Blocks
 from kernels.cuda.rounding import narrowed
 from kernels.window import Window
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from kernels import measured
 from kernels.cuda import blob, clock, conv2d, linear, table
+from kernels.cuda.blocks import CONV2D, Blocks
 from kernels.cuda.rounding import bound
 from kernels.window import Window
 
@@ -34,7 +35,7 @@ class Problem:
         true: gives the result in float64 for some x like this.
     """
 
-    blocks: blob.Blocks
+    blocks: Blocks
     conv: bool
     x: Tensor
     key: Hashable
@@ -48,7 +49,7 @@ def tune(data: Tensor, x: Tensor, anew: bool = False, pairs: Any = ()) -> dict[s
     blocks = blob.read(data)
     linear.check("tune", x, blocks, None)
     wide = blocks.channels // blocks.form.taps * blocks.form.groups
-    conv = blocks.form.operation == blob.CONV2D
+    conv = blocks.form.operation == CONV2D
     if (
         not x.numel()
         or (x.dim() != 4 if conv else x.dim() < 1)
@@ -77,7 +78,7 @@ def tune(data: Tensor, x: Tensor, anew: bool = False, pairs: Any = ()) -> dict[s
     return dict(us)
 
 
-def _product(blocks: blob.Blocks, x: Tensor) -> Problem:
+def _product(blocks: Blocks, x: Tensor) -> Problem:
     tokens = linear.aligned(x.reshape(-1, blocks.channels))
     names = [name for name in linear.KERNELS if linear.takes(name, blocks, tokens)]
     calls = {n: partial(linear.compute, n, blocks, tokens, None, "none") for n in names}
@@ -86,7 +87,7 @@ def _product(blocks: blob.Blocks, x: Tensor) -> Problem:
     return Problem(blocks, False, tokens, key, case, calls, true)
 
 
-def _convolution(blocks: blob.Blocks, x: Tensor, window: Window) -> Problem:
+def _convolution(blocks: Blocks, x: Tensor, window: Window) -> Problem:
     if conv2d.is_product(blocks, window):
         return _product(blocks, conv2d.pixels(x))
     last = x.contiguous(memory_format=torch.channels_last)

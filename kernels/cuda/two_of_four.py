@@ -1,14 +1,11 @@
 """Sparse linear of many tokens where two of every four weights are kept, by cuSPARSELt."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from kernels.cuda.blob import Blocks
+from kernels.cuda.blocks import Blocks
 
 MANY = 2048  # tokens from which it was faster than dense
 LARGE = 2**24  # weights from which it was

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.cuda import blob, pack
+from kernels.cuda.blocks import TILE, Blocks
 from kernels.cuda.checks import columns_of
 from tests.kernels import draws
 
@@ -103,9 +104,9 @@ def test_any_weight_comes_back(
     assert torch.equal(blob.unpack(blob.read(packed.data)), weight)
 
 
-def tiled(found: blob.Blocks) -> Tensor:
+def tiled(found: Blocks) -> Tensor:
     """What the tiles of a weight say, as one lane after another reads them."""
-    high, wide = found.tile_rows, blob.TILE // found.tile_rows
+    high, wide = found.tile_rows, TILE // found.tile_rows
     down, across = -(-found.rows // high), -(-found.channels // wide)
     weight = torch.zeros(down * high, across * wide, dtype=found.values.dtype)
     for tile in range(down * across):

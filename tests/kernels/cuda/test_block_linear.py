@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import kernels
 from kernels.block_index import BlockIndex, block_index, gather, scatter
-from kernels.cuda.blob import SIZES
+from kernels.cuda.blocks import SIZES
 from kernels.cuda.rounding import precision
 
 pytestmark = [

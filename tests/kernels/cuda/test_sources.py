@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.cuda import blob, few
+from kernels.cuda import few
+from kernels.cuda.blocks import LINEAR, Blocks, Form
 from kernels.cuda.driver import CompileError, image
 from kernels.window import Window
 
@@ -25,12 +26,12 @@ def compiles(source: str, target: str, **defines: int) -> None:
         raise
 
 
-def blocks(size: int, block: tuple[int, int], kept: float) -> blob.Blocks:
+def blocks(size: int, block: tuple[int, int], kept: float) -> Blocks:
     """What plans look at, of a square weight in blocks."""
     wide = size // block[1]
     columns, none = torch.empty(int(kept * size // block[0] * wide)), torch.empty(0)
-    form, lists = blob.Form(blob.LINEAR), (none, columns, none)
-    made = blob.Blocks(form, size, size, block, *lists, False, none, none, 0, none, None)
+    form, lists = Form(LINEAR), (none, columns, none)
+    made = Blocks(form, size, size, block, *lists, False, none, none, 0, none, None)
     return replace(made, longest=min(wide, int(1.5 * kept * wide) + 1))
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 import kernels
 from kernels import measured
 from kernels.cuda import blob, clock, conv2d, linear, pack, table, tuning
+from kernels.cuda.blocks import Blocks
 from kernels.window import Window
 
 Call = Callable[[], Tensor]
@@ -29,7 +30,7 @@ def weight(share: float, block: int = 16, size: int = 128) -> Tensor:
     return torch.randn(size, size) * mask
 
 
-def fastest(blocks: blob.Blocks, tokens: int) -> str | None:
+def fastest(blocks: Blocks, tokens: int) -> str | None:
     case = lambda: table.linear_case(blocks, tokens)  # noqa: E731
     return table.fastest(blocks, table.bucket(tokens), case)
 
@@ -39,10 +40,10 @@ def on_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str
     """Kernels compute plainly on the CPU and take what the returned table says, microseconds."""
     taken = {"few": 3.0, "many": 2.0, "dense": 1.0, "entries": 5.0, "expand": 6.0}
 
-    def compute(kernel: str, blocks: blob.Blocks, x: Tensor, bias: Any, activation: str) -> Tensor:
+    def compute(kernel: str, blocks: Blocks, x: Tensor, bias: Any, activation: str) -> Tensor:
         return F.linear(x, blob.unpack(blocks))
 
-    def takes(kernel: str, blocks: blob.Blocks, x: Tensor) -> bool:
+    def takes(kernel: str, blocks: Blocks, x: Tensor) -> bool:
         if kernel in ("few", "many"):
             return not blocks.dense and (kernel == "many" or len(x) <= 64)
         return kernel == "dense" and blocks.whole is not None
@@ -139,7 +140,7 @@ def test_what_a_bucket_lacks_is_measured(
 ) -> None:
     takes = linear.takes
 
-    def even(kernel: str, blocks: blob.Blocks, x: Tensor) -> bool:
+    def even(kernel: str, blocks: Blocks, x: Tensor) -> bool:
         return takes(kernel, blocks, x) and (kernel != "few" or len(x) % 2 == 0)
 
     monkeypatch.setattr(linear, "takes", even)

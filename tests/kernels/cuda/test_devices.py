@@ -32,6 +32,7 @@ def assert_near(y: Tensor, true: Tensor) -> None:
     [
         (16, 512, 64, "few"),
         (300, 512, 64, "many"),
+        (8192, 4096, 128, "hopper"),
         (1, 512, 1, "entries"),
         (16, 512, 1, "expand"),
         (300, 512, 1, "dense"),
@@ -39,6 +40,8 @@ def assert_near(y: Tensor, true: Tensor) -> None:
     ],
 )
 def test_kernels_of_another_device(tokens: int, size: int, block: int, kernel: str) -> None:
+    if kernel == "hopper" and torch.cuda.get_device_capability(OTHER) != (9, 0):
+        pytest.skip("needs a CUDA device of 9.0")
     weight = masked(size, size, max(1, block), 0.2)
     if kernel == "two_of_four":
         weight = torch.randn_like(weight).view(size, -1, 2, 2) * torch.tensor([1, 0]).to(weight)

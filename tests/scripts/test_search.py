@@ -1,6 +1,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +102,17 @@ def test_wrong_input_fails_with_one_line_before_any_work(
     shown = capsys.readouterr()
     assert shown.out == "" and len(shown.err.strip().splitlines()) == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.ray
+def test_an_address_without_a_cluster_is_refused_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    assert run(tmp_path / "run", *MLP, "--executor", "ray", "--ray-address", address) == 2
+    shown = capsys.readouterr().err
+    assert f"no Ray cluster at {address}" in shown and len(shown.splitlines()) == 1
 
 
 def test_a_wrong_name_is_told_all_that_there_are(capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,6 +48,12 @@ class Darts(Strategy):
         super().start(problem)
         if self.cost not in ("nonzeros", "flops"):
             raise ValueError(f"Darts: cost is nonzeros or flops, got {self.cost!r}")
+        if len(self.penalties) != 2:
+            raise ValueError(f"Darts: penalties are two, got {self.penalties}")
+        for name in ("search_epochs", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int) and value >= 1):
+                raise ValueError(f"Darts: {name} must be at least 1, got {value!r}")
         self.found, self.waiting, self.supernet = {}, None, None
         self.out, self.ranked, self.failures = False, False, 0
 

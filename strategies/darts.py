@@ -57,6 +57,10 @@ class Darts(Strategy):
         self.found, self.waiting, self.supernet = {}, None, None
         self.out, self.ranked, self.failures = False, False, 0
 
+    def settings(self) -> dict[str, Any]:
+        """As `Strategy.settings`, and over how many rounds the penalties are spread."""
+        return {**super().settings(), "trials": self.problem.trials}
+
     def ask(self) -> Trial | None:
         """A round, the architecture it led to, and at last the ranking of all."""
         if self.waiting is not None:

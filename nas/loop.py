@@ -18,7 +18,7 @@ from nas.provenance import provenance
 from nas.results import write_results
 from nas.run import VERSION, Record, Run
 from nas.space import Space
-from nas.store import State, Store
+from nas.store import State, Store, check_order
 from nas.trial import Objective, Problem, Result, Strategy, Trial
 
 log = logging.getLogger("nas")
@@ -101,6 +101,7 @@ def _open(
     given, store = {**describe(run, strategy), "arguments": dict(arguments)}, run.store
     described = json.loads(json.dumps(given))  # as it is read back: tuples are lists
     before, events = store.read("run.json"), store.events()
+    check_order(events)
     if not resume and (events or before):
         raise ValueError(f"{run.folder}: holds a run already; resume it, or choose another folder")
     if resume and before is None:

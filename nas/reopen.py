@@ -11,10 +11,10 @@ from nas.costs import COSTS, Cost
 from nas.data import TASKS
 from nas.evaluate import Evaluate
 from nas.recipes import RECIPES, recipe_from
-from nas.run import VERSION, Record, Run, make_space
+from nas.run import Record, Run, make_space
 from nas.space import Space
 from nas.sparsity import DENSE, Unstructured
-from nas.store import Store
+from nas.store import Store, check_order
 from nas.tasks import load_task
 from nas.training import Training
 from nas.trial import Objective, Problem, Report, Result, Trial
@@ -74,10 +74,9 @@ def open_run(
     store = Store(folder)
     try:
         described, events = store.read("run.json"), store.events()
+        check_order(events)
     finally:
         store.close()
-    if described["version"] != VERSION:
-        raise ValueError(f"run.json: format {described['version']}, this version reads {VERSION}")
     evaluate = evaluate or _evaluate(described, data)
     if model is not None:
         space = _sparsified(model, evaluate, described["choices"])

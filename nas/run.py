@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from nas import front
 from nas.choices import Picks
 from nas.evaluate import Evaluate
-from nas.store import State, Store
+from nas.store import State, Store, read_json, read_tensors
 from nas.trial import Problem, Result, Trial
 
 if TYPE_CHECKING:
@@ -148,12 +147,10 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     Raises:
         ValueError: The space cannot be made again without `model`, or is not the one of the file.
     """
-    from safetensors.torch import load_file
-
     folder = Path(folder)
-    described = json.loads((folder / "architecture.json").read_text())
+    described = read_json(folder / "architecture.json")
     module = model if model is not None else _remade(described)
-    module.load_state_dict(load_file(folder / "weights.safetensors"))
+    module.load_state_dict(read_tensors(folder / "weights.safetensors"))
     return module.eval()
 
 

@@ -11,12 +11,13 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 VERSION = 1
 
@@ -48,10 +49,7 @@ class State:
     @staticmethod
     def load(folder: Path) -> State:
         """Read what `save` wrote."""
-        from safetensors.torch import load_file
-
-        meta = json.loads((folder / "state.json").read_text())
-        return State(load_file(folder / "state.safetensors"), meta)
+        return State(read_tensors(folder / "state.safetensors"), read_json(folder / "state.json"))
 
 
 class Store:
@@ -75,9 +73,9 @@ class Store:
         path = self.folder / "trials.jsonl"
         if not path.exists():
             return []
-        whole, _, torn = path.read_text().rpartition("\n")
+        whole, _, torn = path.read_bytes().rpartition(b"\n")
         if torn:
-            os.truncate(path, len(whole.encode()) + (1 if whole else 0))
+            os.truncate(path, len(whole) + (1 if whole else 0))
         return [_event(line, i + 1) for i, line in enumerate(whole.splitlines())]
 
     def append(self, event: str, fields: Mapping[str, Any]) -> None:
@@ -100,7 +98,7 @@ class Store:
     def read(self, name: str) -> Any:
         """A JSON file of the run, None if it is not there."""
         path = self.folder / name
-        return json.loads(path.read_text()) if path.exists() else None
+        return read_json(path) if path.exists() else None
 
     def checkpoint(self, number: int) -> Path:
         """Where the state of a trial lies."""
@@ -122,6 +120,41 @@ class Store:
         self._lock.close()
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file of a run; raises ValueError for one that is damaged or of another format."""
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    found = value.get("version") if isinstance(value, dict) else None
+    if found != VERSION:
+        raise ValueError(f"{path}: format {found}, this version reads {VERSION}")
+    return value
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """A safetensors file; raises ValueError for one that is damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not safetensors: {error}") from None
+
+
+def check_order(events: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ValueError for a report or the end of a trial that is not out."""
+    out: set[Any] = set()
+    for line, (event, trial) in enumerate(((e.get("event"), e.get("trial")) for e in events), 1):
+        if event == "ask" and trial is not None:
+            out.add(trial)
+        elif trial not in out or event not in ("report", "tell"):
+            raise ValueError(f"trials.jsonl:{line}: {event} of trial {trial}, which is not out")
+        elif event == "tell":
+            out.remove(trial)
+
+
 def _lock(path: Path) -> IO[str]:
     handle = path.open("w")
     try:
@@ -132,13 +165,14 @@ def _lock(path: Path) -> IO[str]:
     return handle
 
 
-def _event(line: str, number: int) -> dict[str, Any]:
+def _event(line: bytes, number: int) -> dict[str, Any]:
     try:
         event = json.loads(line)
-    except json.JSONDecodeError:
-        raise ValueError(f"trials.jsonl:{number}: not a line of JSON: {line[:80]!r}") from None
-    if event.get("version") != VERSION:
-        found = event.get("version")
+    except ValueError:
+        shown = line[:80].decode(errors="replace")
+        raise ValueError(f"trials.jsonl:{number}: not a line of JSON: {shown!r}") from None
+    found = event.get("version") if isinstance(event, dict) else None
+    if found != VERSION:
         raise ValueError(f"trials.jsonl:{number}: format {found}, this version reads {VERSION}")
     return event
 

@@ -42,7 +42,7 @@ class Training:
     recipe: Recipe = field(default_factory=Magnitude)
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.lr <= 0:
+        if self.batch_size < 1 or not 0 < self.lr < math.inf:
             values = f"{self.batch_size} and {self.lr}"
             raise ValueError(f"Training: batch_size and lr must be positive, got {values}")
 

@@ -7,7 +7,6 @@ python scripts/report.py runs/NAME --seeds 2 --no-baseline --no-compile
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from nas.store import read_json, read_tensors
 
 if TYPE_CHECKING:
     from nas.run import Run
@@ -70,7 +71,9 @@ def _open(given: argparse.Namespace) -> Run:
     if given.model is None:
         return open_run(given.run, space=_sparsified(given.run), data=given.data)
     module, _, function = given.model.partition(":")
-    factory = getattr(import_module(module), function)
+    factory = getattr(import_module(module), function, None)
+    if factory is None:
+        raise ValueError(f"--model {given.model}: {module} has no function {function!r}")
     made = factory()
     if isinstance(made, Space):
         return open_run(given.run, space=made, data=given.data)
@@ -80,15 +83,13 @@ def _open(given: argparse.Namespace) -> Run:
 def _sparsified(folder: Path) -> Space | None:
     """The space of `search.py --space sparsify`, from the weights that its search began with."""
     described = folder / "run.json"
-    arguments = json.loads(described.read_text())["arguments"] if described.exists() else {}
+    arguments = read_json(described)["arguments"] if described.exists() else {}
     if arguments.get("space") != "sparsify":
         return None
-    from safetensors.torch import load_file
-
     from scripts.search import make_space
 
-    weights = arguments["weights"] or folder / "parent.safetensors"
-    return make_space(arguments, weights=load_file(weights))
+    weights = Path(arguments["weights"] or folder / "parent.safetensors")
+    return make_space(arguments, weights=read_tensors(weights))
 
 
 if __name__ == "__main__":

@@ -13,10 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import sys
 import time
 from dataclasses import fields
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -24,7 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from nas.costs import COSTS
 from nas.data import TASKS, check_data
-from nas.problem import check_limits, make_problem
+from nas.problem import Direction, check_limits, make_problem
+from nas.store import read_json, read_tensors
+from scripts.options import check_known, pairs
 
 if TYPE_CHECKING:
     from nas.evaluate import Evaluate
@@ -67,6 +71,7 @@ DEFAULTS = {
     "ray_address": None,
     "time_limit": None,
 }
+METRICS: dict[str, Direction] = {"error": "minimize", "loss": "minimize"}
 RECIPES = ("magnitude", "one_shot", "random", "learned_scores")
 FREE = "trials executor workers ray_address data out resume dry_run limit".split()
 
@@ -134,6 +139,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"search.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # outside of the search, which ends by itself
+        print("search.py: interrupted", file=sys.stderr)
+        return 130
 
 
 def settings(given: dict[str, Any]) -> dict[str, Any]:
@@ -160,7 +168,7 @@ def _described(folder: Path) -> dict[str, Any]:
     path = folder / "run.json"
     if not path.exists():
         raise ValueError(f"{folder}: holds no run to resume")
-    described = json.loads(path.read_text())
+    described = read_json(path)
     if not described.get("arguments"):
         raise ValueError(f"{folder}: was not started by this script")
     return described
@@ -172,8 +180,9 @@ def make_space(
     """The space, for the task's inputs and outputs; `weights` are those to sparsify."""
     options = pairs(arguments["space_option"])
     make = _imported(spaces[arguments["space"]])
-    known = list(make.__code__.co_varnames[: make.__code__.co_argcount])[2:]
-    _check_known("--space-option", options, [n for n in known if n != "weights"])
+    known = {n: p.default for n, p in list(signature(make).parameters.items())[2:]}
+    known.pop("weights", None)
+    check_known("--space-option", options, known)
     if weights is not None:
         options["weights"] = weights
     return make(TASKS[arguments["task"]], 10, **options)
@@ -183,36 +192,14 @@ def make_strategy(arguments: dict[str, Any]) -> Strategy:
     """The strategy with its options."""
     make = _imported(STRATEGIES[arguments["strategy"]])
     options = pairs(arguments["strategy_option"])
-    known = [f.name for f in fields(make) if f.init and f.name != "seed"]
-    _check_known(f"--strategy {arguments['strategy']}: --strategy-option", options, known)
+    known = {f.name: f.default for f in fields(make) if f.init and f.name != "seed"}
+    check_known(f"--strategy {arguments['strategy']}: --strategy-option", options, known)
     return make(seed=arguments["seed"], **options)
-
-
-def _check_known(what: str, options: dict[str, Any], known: list[str]) -> None:
-    unknown = [name for name in options if name not in known]
-    if unknown:
-        raise ValueError(f"{what} {unknown[0]!r} is none of {known}")
 
 
 def _imported(place: str) -> Any:
     module, _, name = place.partition(":")
     return getattr(import_module(module), name)
-
-
-def pairs(texts: list[str]) -> dict[str, Any]:
-    """NAME=VALUE pairs; a value is JSON if it can be read so, else text."""
-    split = [text.partition("=") for text in texts]
-    wrong = [text for text, (_, equals, _) in zip(texts, split, strict=True) if not equals]
-    if wrong:
-        raise ValueError(f"{wrong[0]!r}: needs NAME=VALUE")
-    return {name: _value(value) for name, _, value in split}
-
-
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
 
 
 def limits(arguments: dict[str, Any]) -> dict[str, float]:
@@ -236,13 +223,20 @@ def costs(arguments: dict[str, Any]) -> list[Any]:
 def check_options(arguments: dict[str, Any]) -> None:
     """What can be wrong whatever the space."""
     check_data(arguments["task"], arguments["data"])
-    check_limits(limits(arguments), [cost.name for cost in costs(arguments)])
+    check_limits(limits(arguments), COSTS)
+    for name in arguments["objectives"]:
+        if name not in {**METRICS, **COSTS}:
+            raise ValueError(f"objective {name!r} is none of {sorted({**METRICS, **COSTS})}")
     if arguments["weights"] and not arguments["weights"].exists():
         raise ValueError(f"--weights {arguments['weights']}: no such file")
     if arguments["device"] == "cuda" and not Path("/dev/nvidiactl").exists():
         raise ValueError("--device cuda: there is no NVIDIA driver on this machine")
-    if arguments["workers"] < 1 or (arguments["time_limit"] or 1) <= 0:
-        raise ValueError("--workers and --time-limit must be positive")
+    for name in ("workers", "parent_epochs", "batch_size", "lr", "time_limit"):
+        value = arguments[name]
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} must be positive, got {value}")
+    if arguments["seed"] < 0:
+        raise ValueError(f"--seed must be at least 0, got {arguments['seed']}")
     if arguments["ray_address"] and arguments["executor"] != "ray":
         raise ValueError("--ray-address goes with --executor ray")
 
@@ -255,7 +249,7 @@ def check(arguments: dict[str, Any], space: Space, strategy: Strategy) -> None:
         limits(arguments),
         arguments["trials"],
         arguments["epochs"],
-        metrics={"error": "minimize", "loss": "minimize"},
+        metrics=METRICS,
         costs=costs(arguments),
     )
     strategy.start(problem)
@@ -276,21 +270,27 @@ def check_resumed(arguments: dict[str, Any], space: Space) -> None:
 
 def parent(arguments: dict[str, Any], space: Space) -> Any:
     """Trained weights for `sparsify`: those given, or of a dense network trained first."""
-    from safetensors.torch import load_file, save_file
+    import torch
+    from safetensors.torch import save_file
 
     place = arguments["weights"] or arguments["out"] / "parent.safetensors"
     if place.exists() or arguments["weights"]:
-        return load_file(place)
+        return read_tensors(place)
     from nas.masks import weights
     from nas.tasks import load_task
     from nas.training import Training
 
     task = load_task(arguments["task"], arguments["data"], arguments["seed"])
+    torch.manual_seed(arguments["seed"])
     model = space.build(space.largest(), masked=False)
     print(f"training the dense parent for {arguments['parent_epochs']} epochs ...", flush=True)
     training = Training(arguments["batch_size"], lr=arguments["lr"])
     metrics, _ = training(
-        model.to(arguments["device"]), task, arguments["parent_epochs"], lambda *_: True
+        model.to(arguments["device"]),
+        task,
+        arguments["parent_epochs"],
+        lambda *_: True,
+        arguments["seed"],
     )
     print(f"dense parent: validation error {metrics['error']:.4f}")
     trained = weights(model.cpu())

@@ -78,12 +78,13 @@ def cell(
         sparsities: Labels of the sparsities of each convolution.
 
     Raises:
-        ValueError: No image, fewer than one cell, or a sparsity that a convolution does not admit.
+        ValueError: No image, fewer than one cell, channel or node, or a sparsity that a
+            convolution does not admit.
     """
-    if len(input_shape) != 3 or min(cells, nodes) < 1:
+    if len(input_shape) != 3 or min(cells, channels, nodes) < 1:
         raise ValueError(
-            f"cell: needs inputs (C, H, W), cells and nodes of at least 1, "
-            f"got {tuple(input_shape)}, {cells} and {nodes}"
+            f"cell: needs inputs (C, H, W), cells, channels and nodes of at least 1, "
+            f"got {tuple(input_shape)}, {cells}, {channels} and {nodes}"
         )
     build = _Builder(input_shape, channels, nodes, sparsities)
     space = build.space(outputs, cells)

@@ -28,10 +28,12 @@ def mlp(
         sparsities: Labels of the sparsities of each hidden layer's weight.
 
     Raises:
-        ValueError: No depth of at least 1, or a sparsity that a layer does not admit.
+        ValueError: A depth or width below 1, or a sparsity that a layer does not admit.
     """
     if not depths or min(depths) < 1:
         raise ValueError(f"mlp: depths must be at least 1, got {list(depths)}")
+    if min(widths, default=1) < 1:
+        raise ValueError(f"mlp: widths must be at least 1, got {list(widths)}")
     depth = Choice("depth", sorted(depths), ordered=True)
     graph = Graph(input_shape)
     last = graph.add("flatten", Flatten(), INPUT)

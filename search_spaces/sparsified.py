@@ -47,10 +47,12 @@ def resnet(
         sparsities: Labels of the sparsities of each weight.
 
     Raises:
-        ValueError: Another depth, or a sparsity that a weight does not admit.
+        ValueError: Another depth, no width, or a sparsity that a weight does not admit.
     """
     if depth < 8 or (depth - 2) % 6:
         raise ValueError(f"resnet: depth must be 6 n + 2, at least 8, got {depth}")
+    if width < 1:
+        raise ValueError(f"resnet: width must be at least 1, got {width}")
     levels = [parse(label) for label in sparsities]
 
     def sparsity(name: str) -> Choice:
@@ -98,6 +100,9 @@ def sparsified(
         width: Channels of the first stage.
         sparsities: Labels of the options of each weight.
         weights: Trained ones to start from, by name.
+
+    Raises:
+        ValueError: As `resnet`, or weights of another network.
     """
     import torch
 
@@ -107,6 +112,7 @@ def sparsified(
     described = resnet(input_shape, outputs, depth, width, sparsities)
     model = described.build(described.largest(), masked=False)
     if weights is not None:
+        _check_weights(model.state_dict(), weights)
         model.load_state_dict(dict(weights))
     space = sparsify(model, torch.zeros(2, *input_shape), sparsities)
     arguments = {
@@ -118,3 +124,14 @@ def sparsified(
     }
     space.origin = Origin("search_spaces.sparsified:sparsified", arguments)
     return space
+
+
+def _check_weights(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for weights of another network; counts of batches may be missing."""
+    for name in sorted({*wanted, *given}):
+        shapes = [tuple(t[name].shape) if name in t else None for t in (given, wanted)]
+        if shapes[0] != shapes[1] and not name.endswith("num_batches_tracked"):
+            raise ValueError(
+                f"sparsified: weight {name} is {shapes[0]}, the network's is {shapes[1]}: "
+                "the weights are of another task, depth or width"
+            )

@@ -48,8 +48,18 @@ class Darts(Strategy):
         super().start(problem)
         if self.cost not in ("nonzeros", "flops"):
             raise ValueError(f"Darts: cost is nonzeros or flops, got {self.cost!r}")
+        if len(self.penalties) != 2:
+            raise ValueError(f"Darts: penalties are two, got {self.penalties}")
+        for name in ("search_epochs", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int) and value >= 1):
+                raise ValueError(f"Darts: {name} must be at least 1, got {value!r}")
         self.found, self.waiting, self.supernet = {}, None, None
         self.out, self.ranked, self.failures = False, False, 0
+
+    def settings(self) -> dict[str, Any]:
+        """As `Strategy.settings`, and over how many rounds the penalties are spread."""
+        return {**super().settings(), "trials": self.problem.trials}
 
     def ask(self) -> Trial | None:
         """A round, the architecture it led to, and at last the ranking of all."""

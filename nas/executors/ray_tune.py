@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 import tempfile
 import threading
 import time
@@ -157,6 +158,7 @@ class RayTune:
     def _join(self, evaluate: Evaluate) -> None:
         address = self._address or os.environ.get("RAY_ADDRESS")
         if address:
+            _check_address(address)
             ray.init(address, **QUIET)
             return
         cpus = self.workers * (self._threads or self._cores.threads(self.workers))
@@ -247,3 +249,13 @@ def quiet() -> Iterator[None]:
             os.environ.pop(name)
             if value is not None:
                 os.environ[name] = value
+
+
+def _check_address(address: str) -> None:
+    """Raise ConnectionError where nothing listens: Ray itself would try for many minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), GRACE_S).close()
+        except (OSError, OverflowError) as error:
+            raise ConnectionError(f"no Ray cluster at {address}: {error}") from None

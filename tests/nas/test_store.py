@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nas.store import VERSION, State, Store
+from nas.store import VERSION, State, Store, check_order
 
 
 @pytest.fixture
@@ -116,9 +116,9 @@ def test_a_damaged_line_before_the_last_is_refused_with_its_number(store: Store)
 
 def test_a_file_is_written_whole_and_read_back(store: Store) -> None:
     assert store.read("best/architecture.json") is None
-    store.write("best/architecture.json", {"a": [1, 2.5, None]})
-    store.write("best/architecture.json", {"b": 1})
-    assert store.read("best/architecture.json") == {"b": 1}
+    store.write("best/architecture.json", {"version": VERSION, "a": [1, 2.5, None]})
+    store.write("best/architecture.json", {"version": VERSION, "b": 1})
+    assert store.read("best/architecture.json") == {"version": VERSION, "b": 1}
     assert sorted(p.name for p in (store.folder / "best").iterdir()) == ["architecture.json"]
 
 
@@ -159,3 +159,27 @@ def test_a_state_may_be_saved_again_and_forgotten(store: Store) -> None:
     store.forget(3)
     store.forget(5)
     assert list(store.kept()) == [11]
+
+
+@pytest.mark.parametrize("line", ["[1]", '{"version": 1}', '{"version": 1, "event": "tell"}'])
+def test_a_line_that_is_no_event_of_a_trial_is_named(store: Store, line: str) -> None:
+    store.append("ask", {"trial": 0})
+    with log_of(store).open("a") as log:
+        log.write(line + "\n")
+    with pytest.raises(ValueError, match=r"trials.jsonl:2: "):
+        check_order(store.events())
+
+
+def test_a_trial_that_ends_without_being_asked_for_is_named(store: Store) -> None:
+    for event in ("ask", "report", "tell", "tell"):
+        store.append(event, {"trial": 0})
+    with pytest.raises(ValueError, match=r"trials.jsonl:4: tell of trial 0, which is not out"):
+        check_order(store.events())
+
+
+@pytest.mark.parametrize("name", ["state.json", "state.safetensors"])
+def test_a_damaged_state_is_named(store: Store, name: str) -> None:
+    State({"weight": torch.ones(2)}).save(store.checkpoint(0))
+    (store.checkpoint(0) / name).write_bytes(b"\xff damaged")
+    with pytest.raises(ValueError, match=rf"{name}: not "):
+        State.load(store.checkpoint(0))

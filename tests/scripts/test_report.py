@@ -39,6 +39,13 @@ def quiet_and_short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     logging.root.setLevel(level)
 
 
+def test_a_function_that_is_not_there_is_named(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(folder), "--model", "os:nothing"]) == 2
+    assert "os has no function 'nothing'" in capsys.readouterr().err
+
+
 def test_the_script_writes_a_report_and_prints_where_and_what(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

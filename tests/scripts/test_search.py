@@ -1,6 +1,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,23 @@ WRONG = {
     "no run to resume": ["--resume", "/nowhere"],
     "no epochs": ["--epochs", "0"],
     "no number": ["--trials", "many"],
+    "no time": ["--time-limit", "0"],
+    "no epoch of the parent": ["--space", "sparsify", "--parent-epochs", "0"],
+    "seed below 0": ["--seed", "-1"],
+    "rate that is no number": ["--lr", "nan"],
+    "no batch": ["--batch-size", "0"],
+    "strategy option of another kind": ["--strategy-option", "population=x"],
+    "one number for two": ["--strategy", "darts", "--strategy-option", "penalties=3"],
+    "one penalty": ["--strategy", "darts", "--strategy-option", "penalties=[1]"],
+    "no epoch of a round": ["--strategy", "darts", "--strategy-option", "search_epochs=0"],
+    "no number of epochs": ["--strategy", "darts", "--strategy-option", "search_epochs=x"],
+    "no batch of a round": ["--strategy", "darts", "--strategy-option", "batch_size=0"],
+    "space option that is no list": ["--space-option", "widths=5"],
+    "space option of another kind": ["--space-option", "sparsities=[0.5]"],
+    "no width": ["--space-option", "widths=[-5]"],
+    "no channel": ["--space", "cell", "--space-option", "channels=0"],
+    "no channel to sparsify": ["--space", "sparsify", "--space-option", "width=-1"],
+    "weights that are none": ["--space", "sparsify", "--weights", "README.md"],
     "address without ray": ["--ray-address", "auto"],
     "missing weights": ["--space", "sparsify", "--weights", "/nowhere.safetensors"],
 }
@@ -84,6 +102,23 @@ def test_wrong_input_fails_with_one_line_before_any_work(
     shown = capsys.readouterr()
     assert shown.out == "" and len(shown.err.strip().splitlines()) == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.ray
+def test_an_address_without_a_cluster_is_refused_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    assert run(tmp_path / "run", *MLP, "--executor", "ray", "--ray-address", address) == 2
+    shown = capsys.readouterr().err
+    assert f"no Ray cluster at {address}" in shown and len(shown.splitlines()) == 1
+
+
+def test_a_wrong_name_is_told_all_that_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    for options in (["error", "latency"], ["error", "--limit", "latency=2"]):
+        assert search.main(["--objectives", *options]) == 2
+        assert "latency_ms" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("space", search.SPACES)
@@ -106,6 +141,25 @@ def test_a_run_folder_of_another_space_is_refused(
     assert "mlp" in capsys.readouterr().err
     assert run(folder, "--strategy", "random", *MLP) == 2
     assert "holds a run already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("held", ["garbage", "[]", '{"version": 9}', "\xff"])
+def test_a_damaged_run_is_refused_by_the_name_of_its_file(
+    held: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.json").write_text(held, encoding="latin-1")
+    assert search.main(["--resume", str(tmp_path)]) == 2
+    shown = capsys.readouterr().err
+    assert str(tmp_path / "run.json") in shown and len(shown.splitlines()) == 1
+    assert (tmp_path / "run.json").read_text(encoding="latin-1") == held
+
+
+def test_the_dense_parent_depends_on_the_seed_alone(tmp_path: Path) -> None:
+    options = ["--space", "sparsify", "--parent-epochs", "1", "--strategy", "random"]
+    for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
+        assert run(tmp_path / name, *options, "--trials", "1", "--seed", seed) == 0
+    one, again, other = ((tmp_path / n / "parent.safetensors").read_bytes() for n in "abc")
+    assert one == again != other
 
 
 def test_resuming_goes_on_with_more_trials(tmp_path: Path) -> None:
@@ -142,6 +196,16 @@ def test_ctrl_c_ends_cleanly_and_the_run_can_go_on(tmp_path: Path) -> None:
     done = len(lines(folder, "tell"))
     assert search.main(["--resume", str(folder), "--trials", str(done + 1)]) == 0
     assert len(lines(folder, "tell")) == done + 1
+
+
+def test_ctrl_c_before_the_search_ends_cleanly_too(tmp_path: Path) -> None:
+    command = [sys.executable, "scripts/search.py", "--out", str(tmp_path / "run")]
+    command += ["--space", "sparsify", "--parent-epochs", "500"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and "parent" in process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and err == "search.py: interrupted\n"
 
 
 def test_the_recipes_that_can_be_named_are_those_that_there_are() -> None:

@@ -65,3 +65,13 @@ def test_writing_it_down_needs_no_torch() -> None:
         "resnet((1, 8, 8), 10).smallest(); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(("shape", "depth"), [((3, 8, 8), 8), ((1, 8, 8), 14)])
+def test_weights_of_another_network_are_refused_by_name(
+    shape: tuple[int, ...], depth: int
+) -> None:
+    described = resnet((1, 8, 8), 10, 8, 4)
+    weights = described.build(described.largest(), masked=False).state_dict()
+    with pytest.raises(ValueError, match=r"sparsified: weight \S+ is .*, the network's is"):
+        sparsified(shape, 10, depth, 4, weights=weights)

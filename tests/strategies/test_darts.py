@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -68,3 +69,15 @@ def test_rounds_give_closed_trials_and_a_ranking_by_the_supernet(tmp_path: Path)
 def test_an_unknown_cost_is_refused() -> None:
     with pytest.raises(ValueError, match="cost is nonzeros or flops, got 'latency_ms'"):
         Darts(cost="latency_ms").start(Problem(MLP, (Objective("error"),), {}, 1, 1))
+
+
+def test_a_resumed_run_keeps_the_number_of_rounds_that_penalties_are_spread_over(
+    tmp_path: Path,
+) -> None:
+    evaluate = Evaluate(digits(), costs=(Flops(),))
+    how: dict[str, Any] = {"out": tmp_path, "epochs": 1}
+    search(MLP, Darts(), evaluate, trials=1, **how)
+    before = (tmp_path / "trials.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=r"run.json: strategy was .*'trials': 1}, is .*: 2}"):
+        search(MLP, Darts(), evaluate, trials=2, resume=True, **how)
+    assert (tmp_path / "trials.jsonl").read_bytes() == before

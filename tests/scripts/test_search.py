@@ -155,9 +155,11 @@ def test_a_damaged_run_is_refused_by_the_name_of_its_file(
 
 
 def test_the_dense_parent_depends_on_the_seed_alone(tmp_path: Path) -> None:
-    options = ["--space", "sparsify", "--parent-epochs", "1", "--strategy", "random"]
-    for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
-        assert run(tmp_path / name, *options, "--trials", "1", "--seed", seed) == 0
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        given = {"space": "sparsify", "out": tmp_path / name, "seed": seed}
+        arguments = search.settings({**given, "parent_epochs": 1})
+        space = search.make_space(arguments, search.WITHOUT_TORCH)
+        search.parent(arguments, space)
     one, again, other = ((tmp_path / n / "parent.safetensors").read_bytes() for n in "abc")
     assert one == again != other
 

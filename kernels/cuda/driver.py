@@ -195,7 +195,7 @@ def _why_not(architecture: int) -> str:
         if architecture not in known:
             raise CompileError(f"NVRTC knows {known}, not {architecture}")
     except CompileError as error:
-        logging.getLogger("kernels").warning("GPU kernels for few tokens run in Triton: %s", error)
+        logging.getLogger("kernels").warning("no GPU kernels in CUDA C++: %s", error)
         return str(error)
     return ""
 

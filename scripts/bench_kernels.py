@@ -148,8 +148,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--sparsity", type=float, nargs="+", default=list(MARKS))
     parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--drawn", type=int, default=0, help="so many cases of any shape (cuda)")
     parser.add_argument("--json", type=Path)
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.drawn and args.device != "cuda":
+        parser.error("--drawn goes with --device cuda")
+    return args
 
 
 def _plan(sparsities: Sequence[float], only: str) -> Iterator[tuple[Case, str, float]]:

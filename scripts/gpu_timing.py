@@ -16,6 +16,7 @@ from nas.latency import no_gc
 Call = Callable[[], Any]
 Make = Callable[[Tensor], Call]  # from a copy of the masked weight
 ROTATED = 240e6  # bytes of copies of a weight that run in turn, so that each comes from memory
+MOST = 256  # copies
 ROUNDS, REPLAYS = 11, 4
 PEER_CALLS = 4  # of another's kernel in a graph: some are a hundred times slower
 HEAD = (
@@ -158,8 +159,11 @@ def _agree(found: Tensor, like: Tensor) -> bool:
 
 
 def rotated(weight: Tensor) -> int:
-    """How many copies of a masked weight of two bytes do not fit into a cache together."""
-    return max(2, int(ROTATED / (2 * int(weight.count_nonzero()) + 1)))
+    """How many copies of a masked weight of two bytes do not fit into a cache together.
+
+    Of a weight so small that it is `MOST` only, which may stay there.
+    """
+    return min(MOST, max(2, int(ROTATED / (2 * int(weight.count_nonzero()) + 1))))
 
 
 def graph(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:

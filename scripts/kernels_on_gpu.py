@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
+import statistics
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -35,38 +37,40 @@ from scripts.gpu_timing import (
 )
 
 MANY, PIXELS = 8, 20  # calls in a graph where copies are not rotated, of a convolution
+ANYWHERE, TWO_OF_FOUR = 1, -4  # instead of the side of blocks
+BLOCKS = (ANYWHERE, 16, 32, 64, 128)
+SHARES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+WIDTHS = (256, 512, 768, 1024, 2048, 3072, 4096, 5120, 8192, 11008)  # drawn
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 2048, 4096, 8192)
+CHANNELS, SIZES = (64, 128, 256, 512), (7, 14, 28, 56)
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A square linear layer in bfloat16; block 0: unstructured, -4: two of four are kept."""
+    """A linear layer in bfloat16."""
 
     tokens: int
-    size: int
+    rows: int
+    columns: int
     block: int
     sparsity: float
-
-    @property
-    def pattern(self) -> str:
-        """As rows of the table name it."""
-        names = {0: "unstructured", -4: "2:4"}
-        return names.get(self.block, f"{self.block}x{self.block}")
+    with_peers: bool = True
 
     def __str__(self) -> str:
-        return f"linear {self.tokens} tokens {self.size}x{self.size} {self.pattern}"
+        return f"linear {self.tokens} tokens {self.rows}x{self.columns} {pattern(self.block)}"
 
     def work(self) -> Work:
         """Packs, checks and says what is timed."""
         weight = self._weight()
-        x = torch.randn(self.tokens, self.size, device="cuda").bfloat16()
+        x = torch.randn(self.tokens, self.columns, device="cuda").bfloat16()
         packed, pack_ms = milliseconds(lambda: kernels.pack_linear(weight))
-        ours: Call = partial(torch.ops.sparse_nas.sparse_linear, x, packed.data, None, self.size)
+        ours: Call = partial(torch.ops.sparse_nas.sparse_linear, x, packed.data, None, self.rows)
         y = ours()
         kept = int(weight.count_nonzero())
         return Work(
             "linear",
-            f"{self.tokens} tokens, {self.size}x{self.size}",
-            self.pattern,
+            f"{self.tokens} tokens, {self.rows}x{self.columns}",
+            pattern(self.block),
             self.sparsity,
             close(y, F.linear(x.double(), weight.double())),
             linear.chosen(blob.read(packed.data), x),
@@ -74,27 +78,27 @@ class Linear:
             rotated(weight) if self.tokens <= 64 else MANY,
             lambda _: partial(_linear, x, packed.data.clone()),
             lambda w: partial(F.linear, x, w),
-            self._peers(x),
+            self._peers(x) if self.with_peers else {},
             2 * kept + x.nbytes + y.nbytes,
             2.0 * kept * self.tokens,
             pack_ms,
         )
 
     def _weight(self) -> Tensor:
-        n = self.size
-        weight = torch.randn(n, n, device="cuda").bfloat16()
-        if self.block == -4:
-            order = torch.rand(n, n // 4, 4, device="cuda").argsort(2)
-            return weight * (order < 2).view(n, n)
-        return weight * block_mask((n, n), max(1, self.block), self.sparsity)
+        shape = (self.rows, self.columns)
+        weight = torch.randn(shape, device="cuda").bfloat16()
+        if self.block == TWO_OF_FOUR:
+            order = torch.rand(self.rows, self.columns // 4, 4, device="cuda").argsort(2)
+            return weight * (order < 2).view(shape)
+        return weight * block_mask(shape, self.block, self.sparsity)
 
     def _peers(self, x: Tensor) -> dict[str, Make]:
         side = self.block
-        if side == -4:
+        if side == TWO_OF_FOUR:
             return {
                 "2:4": lambda w: partial(F.linear, x, torch.sparse.to_sparse_semi_structured(w))
             }
-        if side == 0:
+        if side == ANYWHERE:
             return {"csr": lambda w: partial(_product, w.to_sparse_csr(), x)}
         return {"bsr": lambda w: partial(_product, w.to_sparse_bsr((side, side)), x)}
 
@@ -119,7 +123,7 @@ class Conv2d:
         return f"{kernel} {self.channels} ch {self.size}^2{stride}, batch {self.images}"
 
     def __str__(self) -> str:
-        return f"conv2d {self.shape} {self.block}x{self.block}"
+        return f"conv2d {self.shape} {pattern(self.block)}"
 
     def work(self) -> Work:
         """Packs, checks and says what is timed."""
@@ -138,7 +142,7 @@ class Conv2d:
         return Work(
             "conv2d",
             self.shape,
-            f"{self.block}x{self.block}",
+            pattern(self.block),
             self.sparsity,
             close(y[:8], true),
             conv2d.name(blob.read(packed.data), x, tuple(y.shape), window),
@@ -153,20 +157,39 @@ class Conv2d:
         )
 
 
+def pattern(block: int) -> str:
+    """As rows of the table name it."""
+    return {ANYWHERE: "unstructured", TWO_OF_FOUR: "2:4"}.get(block, f"{block}x{block}")
+
+
 def cases(sparsities: Sequence[float]) -> Iterator[Linear | Conv2d]:
     """Those of docs/kernels.md, each at these sparsities."""
-    shapes = [(t, n, b) for n in (4096, 8192) for t in (1, 16) for b in (64, 0)]
+    shapes = [(t, n, b) for n in (4096, 8192) for t in (1, 16) for b in (64, ANYWHERE)]
     shapes += [(8192, n, b) for n in (4096, 8192) for b in (64, 128)]
     shapes += [(2048, 4096, 64), (2048, 4096, 128)]
     for tokens, size, block in shapes:
         for sparsity in sparsities:
-            yield Linear(tokens, size, block, sparsity)
+            yield Linear(tokens, size, size, block, sparsity)
     for tokens, size in ((1, 4096), (16, 4096), (2048, 4096), (8192, 4096), (8192, 8192)):
-        yield Linear(tokens, size, -4, 0.5)
+        yield Linear(tokens, size, size, TWO_OF_FOUR, 0.5)
     walks = [(256, 28, 3, 1), (256, 14, 3, 1), (256, 28, 3, 2), (512, 28, 1, 1), (512, 28, 1, 2)]
     for channels, size, kernel, stride in walks:
         for sparsity in sparsities:
             yield Conv2d(64, channels, size, kernel, stride, 64, sparsity)
+
+
+def drawn(count: int) -> Iterator[Linear | Conv2d]:
+    """Cases of any shape and share, the same in every run, without peers."""
+    draw = random.Random(0)
+    for _ in range(count):
+        block, sparsity = draw.choice(BLOCKS), draw.choice(SHARES)
+        if draw.random() < 0.3:
+            wide = [channels for channels in CHANNELS if channels % block == 0]
+            walk = draw.choice(SIZES), draw.choice((1, 3)), draw.choice((1, 2))
+            yield Conv2d(64, draw.choice(wide), *walk, block, sparsity)
+        else:
+            shape = draw.choice(WIDTHS), draw.choice(WIDTHS)
+            yield Linear(draw.choice(TOKENS), *shape, block, sparsity, with_peers=False)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -175,9 +198,11 @@ def run(args: argparse.Namespace) -> int:
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True
     on, rows = card(), list[Row]()
+    named: Any = chain(cases(args.sparsity), training_on_gpu.cases(args.sparsity))
+    chosen = drawn(args.drawn) if args.drawn else named
     print(on, HEAD, sep="\n", flush=True)
     with torch.no_grad():
-        for case in chain(cases(args.sparsity), training_on_gpu.cases(args.sparsity)):
+        for case in chosen:
             if args.only in str(case):
                 rows.append(measure(case.work(), on))
                 print(line(rows[-1]), flush=True)
@@ -185,6 +210,10 @@ def run(args: argparse.Namespace) -> int:
                     found = {"card": asdict(on), "rows": [asdict(row) for row in rows]}
                     args.json.parent.mkdir(parents=True, exist_ok=True)
                     args.json.write_text(json.dumps(found, indent=1) + "\n")
+    ratios = sorted(row.ratio for row in rows if row.ratio)
+    if args.drawn and ratios:
+        slowest = ", ".join(f"{ratio:.3f}" for ratio in ratios[:3])
+        print(f"{len(ratios)} drawn: slowest {slowest}, median {statistics.median(ratios):.2f}")
     return 0 if all(row.correct for row in rows) else 1
 
 

@@ -113,6 +113,11 @@ class Blocks:
         return len(self.columns) // EIGHT * 8 if self.has_entries else 0
 
     @property
+    def share(self) -> float:
+        """Of all weights, those stored one by one."""
+        return self.entries / max(1, self.rows * self.channels)
+
+    @property
     def in_blocks(self) -> bool:
         """Whether blocks are stored."""
         return not self.dense and not self.is_channel

@@ -32,9 +32,17 @@ def takes(blocks: Blocks, x: Tensor) -> bool:
     return blocks.channels * _BYTES <= most_shared(x.device.index)
 
 
+def pays(blocks: Blocks) -> bool:
+    """Whether it was faster than expand.cu, by a rule of thumb."""
+    return blocks.rows > 2048 or blocks.share <= 0.35
+
+
 def plan(blocks: Blocks) -> Plan:
-    """What was fastest on an H200 for weights like this one."""
-    return Plan(16, 2) if blocks.rows <= 4096 else Plan(32, 1)
+    """What was fastest on an H200 for weights like this one: short rows are asked for at once."""
+    if blocks.rows > 4096:
+        return Plan(32, 1)
+    each = -(-blocks.entries // (8 * 32 * blocks.rows))  # eights of a lane
+    return Plan(16, each if each <= 4 else 3)
 
 
 def linear(

@@ -34,8 +34,7 @@ def takes(blocks: Blocks, x: Tensor) -> bool:
 
 def pays(blocks: Blocks, x: Tensor) -> bool:
     """Whether it was faster than dense, by a rule of thumb."""
-    kept = blocks.entries / (blocks.rows * blocks.channels)
-    return kept <= (0.4 if len(x) <= 16 else 0.25)
+    return blocks.share <= (0.55 if len(x) <= 16 else 0.4)
 
 
 def plan(blocks: Blocks, x: Tensor) -> Plan | None:

@@ -19,7 +19,7 @@ _ENDING = 2  # steps that beginning and ending a tile take as long as
 _ROUND = 8  # tiles of a thread block are planned as a multiple of this, so that plans are alike
 _NEAR = 2**24  # bytes of x that stay in the second-level cache beside weights and results
 _PLANNED = 2**17  # tiles, of which a plan takes a twentieth of a second
-_MANY, _LARGE = 8192, 2**25  # tokens, and results, from which it was faster than many.py
+_MANY, _LARGE = 1024, 2**36  # tokens, and multiply-adds of dense, from which it beat many.py
 
 
 def takes(blocks: Blocks, x: Tensor) -> bool:
@@ -42,7 +42,8 @@ def takes(blocks: Blocks, x: Tensor) -> bool:
 def pays(blocks: Blocks, x: Tensor) -> bool:
     """Whether it was faster than many.py, by a rule of thumb."""
     tiles = _tiles(x) * (blocks.rows // ROWS)
-    return len(x) >= _MANY and len(x) * blocks.rows >= _LARGE and tiles <= _PLANNED
+    products = len(x) * blocks.rows * blocks.channels
+    return len(x) >= _MANY and products >= _LARGE and tiles <= _PLANNED
 
 
 def linear(blocks: Blocks, x: Tensor, bias: Tensor | None, activation: int) -> Tensor:

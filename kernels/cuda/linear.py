@@ -114,7 +114,7 @@ def chosen(blocks: Blocks, tokens: Tensor) -> str:
     if blocks.is_channel:
         return "channel"
     if blocks.dense:
-        if entries.takes(blocks, tokens):
+        if entries.takes(blocks, tokens) and entries.pays(blocks):
             return "entries"
         if expand.takes(blocks, tokens) and expand.pays(blocks, tokens):
             return "expand"

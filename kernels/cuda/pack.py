@@ -13,7 +13,7 @@ WORTH = 0.7  # a weight of which more would be stored in blocks is kept dense
 _BLOCKS = 96  # rows of tiles at least, where there are rows enough
 _AT_ONCE = 2**26  # weights that are cut into tiles at once
 _STEP = 63  # columns from an entry to the next at most
-SPARSE = 0.35  # kept of a dense weight, up to which its entries are stored beside it
+SPARSE = 0.52  # kept of a dense weight, up to which its entries are stored beside it
 
 
 def pack_linear(weight: Tensor) -> Packed:

@@ -149,10 +149,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sparsity", type=float, nargs="+", default=list(MARKS))
     parser.add_argument("--only", default="", help="cases whose name holds this")
     parser.add_argument("--drawn", type=int, default=0, help="so many cases of any shape (cuda)")
+    parser.add_argument("--tuned", action="store_true", help="them by kernels.tune")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
-    if args.drawn and args.device != "cuda":
-        parser.error("--drawn goes with --device cuda")
+    if (args.drawn and args.device != "cuda") or (args.tuned and not args.drawn):
+        parser.error("--drawn goes with --device cuda, and --tuned with --drawn")
     return args
 
 

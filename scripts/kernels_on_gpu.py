@@ -55,6 +55,7 @@ class Linear:
     block: int
     sparsity: float
     with_peers: bool = True
+    tuned: bool = False
 
     def __str__(self) -> str:
         return f"linear {self.tokens} tokens {self.rows}x{self.columns} {pattern(self.block)}"
@@ -64,6 +65,8 @@ class Linear:
         weight = self._weight()
         x = torch.randn(self.tokens, self.columns, device="cuda").bfloat16()
         packed, pack_ms = milliseconds(lambda: kernels.pack_linear(weight))
+        if self.tuned:
+            kernels.tune(packed, x)
         ours: Call = partial(torch.ops.sparse_nas.sparse_linear, x, packed.data, None, self.rows)
         y = ours()
         kept = int(weight.count_nonzero())
@@ -114,6 +117,7 @@ class Conv2d:
     stride: int
     block: int
     sparsity: float
+    tuned: bool = False
 
     @property
     def shape(self) -> str:
@@ -135,6 +139,8 @@ class Conv2d:
         x = x.contiguous(memory_format=torch.channels_last)
         packed, pack_ms = milliseconds(lambda: kernels.pack_conv2d(weight))
         walk: Any = ((self.stride,) * 2, (self.kernel // 2,) * 2)
+        if self.tuned:
+            kernels.tune(packed, x, stride=walk[0], padding=walk[1])
         window = Window(kernel, walk[0], walk[1], (1, 1))
         ours: Make = lambda _: partial(_conv2d, x, packed.data.clone(), walk)  # noqa: E731
         y, kept = ours(weight)(), int(weight.count_nonzero())
@@ -178,18 +184,18 @@ def cases(sparsities: Sequence[float]) -> Iterator[Linear | Conv2d]:
             yield Conv2d(64, channels, size, kernel, stride, 64, sparsity)
 
 
-def drawn(count: int) -> Iterator[Linear | Conv2d]:
-    """Cases of any shape and share, the same in every run, without peers."""
+def drawn(count: int, tuned: bool) -> Iterator[Linear | Conv2d]:
+    """Cases of any shape and share, the same in every run, without peers; tuned as by nas.pack."""
     draw = random.Random(0)
     for _ in range(count):
         block, sparsity = draw.choice(BLOCKS), draw.choice(SHARES)
         if draw.random() < 0.3:
             wide = [channels for channels in CHANNELS if channels % block == 0]
             walk = draw.choice(SIZES), draw.choice((1, 3)), draw.choice((1, 2))
-            yield Conv2d(64, draw.choice(wide), *walk, block, sparsity)
+            yield Conv2d(64, draw.choice(wide), *walk, block, sparsity, tuned)
         else:
             shape = draw.choice(WIDTHS), draw.choice(WIDTHS)
-            yield Linear(draw.choice(TOKENS), *shape, block, sparsity, with_peers=False)
+            yield Linear(draw.choice(TOKENS), *shape, block, sparsity, False, tuned)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -199,7 +205,7 @@ def run(args: argparse.Namespace) -> int:
     torch.backends.cudnn.benchmark = True
     on, rows = card(), list[Row]()
     named: Any = chain(cases(args.sparsity), training_on_gpu.cases(args.sparsity))
-    chosen = drawn(args.drawn) if args.drawn else named
+    chosen = drawn(args.drawn, args.tuned) if args.drawn else named
     print(on, HEAD, sep="\n", flush=True)
     with torch.no_grad():
         for case in chosen:

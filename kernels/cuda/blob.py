@@ -253,7 +253,7 @@ def _tiles(head: Any, kind: int) -> int:
 def _whole(blocks: Blocks) -> Tensor | None:
     """See `Blocks.whole`."""
     if blocks.in_blocks:
-        return None if blocks.pays(0) and has_triton() else unpack(blocks)
+        return None if blocks.pays(0, blocks.kept) and has_triton() else unpack(blocks)
     return blocks.values if blocks.dense else None
 
 

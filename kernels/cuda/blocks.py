@@ -122,9 +122,13 @@ class Blocks:
         """Whether blocks are stored."""
         return not self.dense and not self.is_channel
 
-    def pays(self, tokens: int) -> bool:
-        """Whether blocks are faster than dense, by a rule of thumb; tokens or pixels."""
-        kept = self.values.numel() / max(1, self.rows * self.channels)
+    @property
+    def kept(self) -> float:
+        """Of all weights, those in blocks."""
+        return self.values.numel() / max(1, self.rows * self.channels)
+
+    def pays(self, tokens: int, kept: float) -> bool:
+        """Whether so many tokens or pixels are faster than dense, by a rule of thumb."""
         return kept <= PAYS[self.values.itemsize][self.block[0]][tokens > MANY]
 
     @property

@@ -109,7 +109,7 @@ def chosen(blocks: Blocks, x: Tensor, out: tuple[int, ...], window: Window) -> s
     measured = table.fastest(blocks, key(x, window), case)
     if measured in ways:
         return measured
-    pays = len(ways) == 1 or blocks.pays(prod(out) // out[1])
+    pays = len(ways) == 1 or blocks.pays(prod(out) // out[1], blocks.kept)
     return ways[0] if pays else ways[-1]
 
 

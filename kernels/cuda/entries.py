@@ -33,8 +33,11 @@ def takes(blocks: Blocks, x: Tensor) -> bool:
 
 
 def pays(blocks: Blocks) -> bool:
-    """Whether it was faster than expand.cu, by a rule of thumb."""
-    return blocks.rows > 2048 or blocks.share <= 0.35
+    """Whether it was faster than expand.cu, or dense where there are no tiles; a rule of thumb."""
+    few = blocks.share <= 0.35
+    if not len(blocks.tiles):
+        return few
+    return blocks.rows > 2048 <= blocks.channels and (few or blocks.rows > 4096)
 
 
 def plan(blocks: Blocks) -> Plan:

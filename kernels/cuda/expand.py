@@ -34,15 +34,15 @@ def takes(blocks: Blocks, x: Tensor) -> bool:
 
 def pays(blocks: Blocks, x: Tensor) -> bool:
     """Whether it was faster than dense, by a rule of thumb."""
-    return blocks.share <= (0.55 if len(x) <= 16 else 0.4)
+    long = blocks.rows < 1024 and blocks.channels > 8192  # few thread blocks
+    return blocks.share <= (0.2 if long else 0.55 if len(x) <= 16 else 0.4)
 
 
 def plan(blocks: Blocks, x: Tensor) -> Plan | None:
     """What was fastest on an H200 for such tiles, or less where shared memory is less."""
-    plans = [Plan(16, 2), Plan(8, 2), Plan(4, 2)]
-    if blocks.tile_rows == 64:
-        plans.insert(0, Plan(16, 3))
-    room = most_shared(x.device.index)
+    plans, room = [Plan(16, 2), Plan(8, 2), Plan(4, 2)], most_shared(x.device.index)
+    if len(x) <= 16:  # the sums of more would not fit into registers
+        plans.insert(0, Plan(24, 2))
     return next((how for how in plans if _shared(blocks, how, len(x)) <= room), None)
 
 

@@ -41,6 +41,11 @@ def takes(blocks: Blocks, x: Tensor) -> bool:
     return blocks.in_blocks and narrow and fits and available(x.device.index)
 
 
+def pays(blocks: Blocks, x: Tensor) -> bool:
+    """Whether it was faster than dense, by a rule of thumb."""
+    return len(x) <= 8 or blocks.rows <= 4096 or blocks.kept <= 0.6
+
+
 def plan(blocks: Blocks, tokens: int) -> Plan:
     """What was fastest on an H200 for weights like this one.
 

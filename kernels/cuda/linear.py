@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from kernels.calls import activation_code
 from kernels.cuda import blob, entries, expand, few, hopper, table, two_of_four
-from kernels.cuda.blocks import LINEAR, Blocks
+from kernels.cuda.blocks import LINEAR, MANY, Blocks
 from kernels.cuda.driver import has_triton
 from kernels.reference import activate
 
@@ -119,11 +119,32 @@ def chosen(blocks: Blocks, tokens: Tensor) -> str:
         if expand.takes(blocks, tokens) and expand.pays(blocks, tokens):
             return "expand"
         return "two_of_four" if two_of_four.takes(blocks, tokens) else "dense"
+    dense = blocks.whole is not None
     if few.takes(blocks, tokens):
-        return "few"
-    if blocks.whole is not None and not (has_triton() and blocks.pays(count)):
+        return "dense" if dense and not few.pays(blocks, tokens) else "few"
+    if dense and not (has_triton() and _pays(blocks, count)):
         return "dense"
     return "hopper" if hopper.pays(blocks, tokens) and hopper.takes(blocks, tokens) else "many"
+
+
+def _pays(blocks: Blocks, tokens: int) -> bool:
+    """Whether blocks are faster than dense with many tokens, by a rule of thumb.
+
+    Of a small product the longest row of blocks decides, of a narrow one the bytes of a token.
+    Microseconds are those of an H200.
+    """
+    if blocks.values.itemsize != 2:
+        return blocks.pays(tokens, blocks.kept)
+    height, width = blocks.block
+    longest = blocks.longest * width / blocks.channels
+    at_once = tokens > MANY and blocks.rows // height * -(-tokens // 256) <= 400
+    multiplied = 2 * tokens * blocks.rows * blocks.channels / 850e6
+    moved = 2 * tokens * (blocks.rows + blocks.channels)
+    alike = min(1.0, multiplied / (moved / 3.7e6)) if moved > 2**26 else 1.0
+    ours = 2 + 0.5 * blocks.longest * max(1, width // 64)
+    least = 3.3 + max(multiplied, 0.0011 * blocks.channels)
+    kept = longest if at_once else blocks.kept
+    return ours <= least and blocks.pays(tokens, kept / alike)
 
 
 def takes(kernel: str, blocks: Blocks, x: Tensor) -> bool:

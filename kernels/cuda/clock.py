@@ -13,7 +13,7 @@ from torch import Tensor
 
 Call = Callable[[], Any]
 _log = logging.getLogger("kernels")
-_FLUSHED = 2**28  # bytes that are written so that nothing else is left in the caches
+_FLUSHED = 2**28  # bytes that are read so that nothing else is left in the caches
 
 
 def replayed(call: Call) -> Call:
@@ -92,14 +92,17 @@ def _between(call: Call, repeat: int, before: Call) -> float:
 
 
 def _flush() -> None:
-    """Also keeps the GPU busy until what is timed was asked for."""
-    _scratch(torch.cuda.current_device()).zero_()
+    """Also keeps the GPU busy until what is timed was asked for.
+
+    It reads: lines that were written would have to go back to memory while what is timed runs.
+    """
+    _scratch(torch.cuda.current_device()).sum()
 
 
 @cache
 def _scratch(device: int) -> Tensor:
     with torch.inference_mode(False):  # it outlives the mode
-        return torch.empty(_FLUSHED, dtype=torch.uint8, device=f"cuda:{device}")
+        return torch.zeros(_FLUSHED // 4, device=f"cuda:{device}")
 
 
 @cache

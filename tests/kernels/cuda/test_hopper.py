@@ -103,11 +103,11 @@ def test_it_is_taken_and_replayed() -> None:
 @on_hopper
 @pytest.mark.gpu
 def test_a_graph_outlives_a_weight_that_is_written_to() -> None:
-    weight = masked(4096, 1024, (128, 128), 0.2, torch.bfloat16)
+    weight = masked(4096, 2048, (128, 128), 0.2, torch.bfloat16)
     packed = kernels.pack_linear(weight)
     other = kernels.pack_linear(weight.roll((128, 128), (0, 1)))
     x, linear = (
-        torch.randn(8192, 1024, device="cuda").bfloat16(),
+        torch.randn(8192, 2048, device="cuda").bfloat16(),
         torch.ops.sparse_nas.sparse_linear,
     )
     linear(x, packed.data, None, 4096)

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 MIDDLE = 0.9  # of the zeros, whose dense time is shown
+AHEAD = 1.03  # times dense: more than what is measured differs by
 HEADS = (
     "work", "shape", "pattern", "kernel", "us", "dense us", "times faster", "peer, times dense",
-    "limit", "at fewer zeros, times faster",
+    "limit", "at fewer zeros, times faster", "ahead from",
 )  # fmt: skip
 
 
@@ -55,7 +56,15 @@ def line(
         listed([f"{times:.2f}" if times else "-" for times in peers]) if any(peers) else "-",
         listed([f"{row['limit_us'] / row['us']:.0%}" for row in rows]),
         listed([f"{row['ratio']:.2f}" for row in low]),
+        ahead_from([*low, *rows]),
     ]
+
+
+def ahead_from(rows: Sequence[dict[str, Any]]) -> str:
+    """The fewest zeros measured from which on it is faster than dense; `-`: not even at most."""
+    behind = [row["sparsity"] for row in rows if row["ratio"] < AHEAD]
+    ahead = [row["sparsity"] for row in rows if row["sparsity"] > max(behind, default=0)]
+    return f"{min(ahead):g}" if ahead else "-"
 
 
 def listed(cells: Sequence[str]) -> str:

@@ -122,12 +122,12 @@ def chosen(blocks: Blocks, tokens: Tensor) -> str:
     dense = blocks.whole is not None
     if few.takes(blocks, tokens):
         return "dense" if dense and not few.pays(blocks, tokens) else "few"
-    if dense and not (has_triton() and _pays(blocks, count)):
+    if dense and not (has_triton() and pays(blocks, count)):
         return "dense"
     return "hopper" if hopper.pays(blocks, tokens) and hopper.takes(blocks, tokens) else "many"
 
 
-def _pays(blocks: Blocks, tokens: int) -> bool:
+def pays(blocks: Blocks, tokens: int) -> bool:
     """Whether blocks are faster than dense with many tokens, by a rule of thumb.
 
     Of a small product the longest row of blocks decides, of a narrow one the bytes of a token.
@@ -137,14 +137,14 @@ def _pays(blocks: Blocks, tokens: int) -> bool:
         return blocks.pays(tokens, blocks.kept)
     height, width = blocks.block
     longest = blocks.longest * width / blocks.channels
-    at_once = tokens > MANY and blocks.rows // height * -(-tokens // 256) <= 400
+    programs = blocks.rows // height * -(-tokens // (128 if height == 128 else 256))
     multiplied = 2 * tokens * blocks.rows * blocks.channels / 850e6
     moved = 2 * tokens * (blocks.rows + blocks.channels)
-    alike = min(1.0, multiplied / (moved / 3.7e6)) if moved > 2**26 else 1.0
+    narrow = moved > 2**26 and moved / 3.7e6 > multiplied
     ours = 2 + 0.5 * blocks.longest * max(1, width // 64)
     least = 3.3 + max(multiplied, 0.0011 * blocks.channels)
-    kept = longest if at_once else blocks.kept
-    return ours <= least and blocks.pays(tokens, kept / alike)
+    kept = longest if tokens > MANY and programs <= 400 else blocks.kept
+    return ours <= least and blocks.pays(tokens, kept / (0.6 if narrow else 1))
 
 
 def takes(kernel: str, blocks: Blocks, x: Tensor) -> bool:

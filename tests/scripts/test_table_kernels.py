@@ -26,6 +26,12 @@ def test_a_case_is_one_line(
     found = capsys.readouterr().out.splitlines()[2:]
     assert found == [
         "| linear | 1 tokens, 8x8 | 4x4 | few, many | 4 / 2 | 11 | 2.50 / 5.00 | 0.50 / - | "
-        "25% / 50% | 1.25 |",
-        "| conv2d | 1 tokens, 8x8 | 4x4 | few | 5 | 10 | 2.00 | - | 20% |  |",
+        "25% / 50% | 1.25 | 0.5 |",
+        "| conv2d | 1 tokens, 8x8 | 4x4 | few | 5 | 10 | 2.00 | - | 20% |  | 0.9 |",
     ]
+
+
+def test_ahead_from_where_all_of_more_zeros_are() -> None:
+    rows = [row(0.5, 9.0), row(0.7, 10.0), row(0.8, 5.0), row(0.9, 2.0)]
+    assert table_kernels.ahead_from(rows) == "0.8"
+    assert table_kernels.ahead_from([row(0.9, 9.9)]) == "-"

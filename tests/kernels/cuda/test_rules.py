@@ -1,0 +1,63 @@
+"""Rules of thumb, where nothing was measured: what was faster than dense on an H200, and what not."""
+
+import pytest
+import torch
+
+from kernels.cuda import blob, entries, expand, few, linear, pack
+from kernels.cuda.blocks import Blocks
+
+
+def packed(rows: int, columns: int, side: int, kept: float) -> Blocks:
+    torch.manual_seed(0)
+    grid = torch.zeros(rows // side * (columns // side))
+    grid[torch.randperm(len(grid))[: round(kept * len(grid))]] = 1
+    grid = grid.view(rows // side, columns // side).bfloat16()
+    weight = grid.repeat_interleave(side, 0).repeat_interleave(side, 1)
+    return blob.read(pack.pack_linear(weight).data)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows", "columns", "side", "kept", "ahead"),
+    [
+        (4096, 512, 3072, 128, 0.7, False),  # 0.80 times as fast as dense: few programs
+        (2048, 768, 768, 32, 0.2, False),  # 0.75
+        (2048, 256, 1024, 128, 0.7, False),  # 0.67
+        (4096, 768, 4096, 32, 0.2, False),  # 0.94
+        (200_704, 256, 256, 64, 0.5, False),  # 0.89: bytes bind
+        (200_704, 256, 64, 64, 0.2, True),  # so they do here, but an activation costs dense more
+        (128, 256, 2048, 64, 0.1, True),  # 1.31
+        (1024, 1024, 8192, 32, 0.05, True),  # 1.89
+        (2048, 1024, 11008, 128, 0.2, True),  # 2.03
+        (2048, 4096, 4096, 128, 0.5, True),  # 1.48
+        (2048, 4096, 256, 32, 0.2, True),  # 1.33
+        (8192, 4096, 4096, 64, 0.1, True),  # 4.57
+    ],
+)
+def test_blocks_of_many_tokens(
+    tokens: int, rows: int, columns: int, side: int, kept: float, ahead: bool
+) -> None:
+    assert linear.pays(packed(rows, columns, side, kept), tokens) == ahead
+
+
+def test_blocks_of_few_tokens() -> None:
+    tall = packed(5120, 1024, 128, 0.7)
+    assert few.pays(tall, torch.empty(8, 1024)) and not few.pays(tall, torch.empty(16, 1024))
+    assert few.pays(packed(5120, 1024, 128, 0.5), torch.empty(16, 1024))
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "kept", "by_entries", "by_tiles"),
+    [
+        (8192, 2048, 0.5, True, (True, False)),  # one token; then 16, and 32
+        (4096, 4096, 0.1, True, (True, True)),
+        (4096, 4096, 0.5, False, (True, False)),
+        (1024, 1024, 0.3, False, (True, True)),
+        (512, 11008, 0.4, False, (False, False)),
+    ],
+)
+def test_zeros_anywhere(
+    rows: int, columns: int, kept: float, by_entries: bool, by_tiles: tuple[bool, bool]
+) -> None:
+    blocks = packed(rows, columns, 1, kept)
+    assert blocks.has_entries and entries.pays(blocks) == by_entries
+    assert tuple(expand.pays(blocks, torch.empty(n, columns)) for n in (16, 32)) == by_tiles

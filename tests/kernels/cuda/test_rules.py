@@ -1,4 +1,4 @@
-"""Rules of thumb, where nothing was measured: what was faster than dense on an H200, and what not."""
+"""Rules of thumb, where nothing was measured: what beat dense on an H200, and what did not."""
 
 import pytest
 import torch

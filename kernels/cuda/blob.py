@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from kernels.cuda import two_of_four
+from kernels.cuda import halves, two_of_four
 from kernels.cuda.blocks import (
     CONV2D,
     DTYPES,
@@ -83,12 +83,10 @@ def read(data: Tensor) -> Blocks:
 
 def _over(old: Blocks, new: Blocks) -> Blocks:
     """What was made anew, in the place of what it replaces where it fits: a graph may read it."""
-    made: dict[str, Any] = {"order": _copied(old.order, new.order)}
-    made["two_of_four"] = _copied(old.two_of_four, new.two_of_four)
+    names = [name for name in _MADE if name != "whole" or not (old.dense or new.dense)]
+    made: dict[str, Any] = {n: _copied(getattr(old, n), getattr(new, n)) for n in names}
     if (old.rows, old.block) == (new.rows, new.block):
         made["plans"] = old.plans
-    if not old.dense and not new.dense:
-        made["whole"] = _copied(old.whole, new.whole)
     return replace(new, **made)
 
 
@@ -102,13 +100,12 @@ def _copied(old: Tensor | None, new: Tensor | None) -> Any:
 
 def _left(old: Blocks, new: Blocks) -> list[Tensor | None]:
     """What was made of the old weight and not written over, which a graph may still read."""
-    pairs = (
-        (getattr(old, name), getattr(new, name)) for name in ("order", "two_of_four", "whole")
-    )
+    pairs = ((getattr(old, name), getattr(new, name)) for name in _MADE)
     left = [before for before, now in pairs if before is not None and before is not now]
     return left if new.plans is old.plans else [*left, *chain(*old.plans.values())]
 
 
+_MADE = ("order", "two_of_four", "halves", "whole")  # of a weight when it is read
 _met: Any = WeakTensorKeyDictionary()
 
 
@@ -200,13 +197,16 @@ def _parse(data: Tensor) -> Blocks:
     order = starts.diff().argsort(descending=True, stable=True).int()
     order = columns.long() if kind == CHANNEL else order
     whole = kind in (DENSE, ENTRIES)
-    semi = two_of_four.compressed(values) if whole and form.taps == form.groups == 1 else None
+    plain = whole and form.taps == form.groups == 1
+    semi = two_of_four.compressed(values) if plain else None
+    half = halves.compressed(values) if plain else None
     sizes = (form, rows, channels, (height, width))
     tiled = (tiles, pairs, int(head["tile_rows"]))
     blocks = Blocks(*sizes, starts, columns, values, whole, *tiled, order, semi)
     check_index(blocks)
     longest = _longest(starts) if blocks.in_blocks else 0
-    return replace(blocks, whole=_whole(blocks), longest=longest, room=16 * _longest(tiles))
+    made: dict[str, Any] = {"whole": _whole(blocks), "halves": half}
+    return replace(blocks, **made, longest=longest, room=16 * _longest(tiles))
 
 
 def _longest(starts: Tensor) -> int:

@@ -76,6 +76,7 @@ class Blocks:
             at most and the whole is stored, or None; made when read.
         longest: most blocks of a row of blocks; found when read.
         room: bytes of the largest tile; found when read.
+        halves: the weight as halves.cu wants it in the same case, or None; made when read.
         plans: which tiles thread blocks of hopper.cu take, by how many tiles of tokens there are;
             made when needed. Of a weight that is written over they stay right, for a graph too.
         planned: which of them were made for these blocks.
@@ -99,6 +100,7 @@ class Blocks:
     longest: int = 0
     room: int = 0
     whole: Tensor | None = None
+    halves: Tensor | None = None
     plans: dict[int, list[Tensor]] = field(default_factory=dict)
     planned: set[int] = field(default_factory=set)
 

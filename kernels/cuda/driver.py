@@ -18,8 +18,8 @@ from kernels.native.build import cache_folder
 
 SOURCES = Path(__file__).parent
 _PROGRAMMATIC = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-# CU_TENSOR_MAP_ DATA_TYPE_UINT16, SWIZZLE_128B, L2_PROMOTION_L2_256B
-_SHORT, _SWIZZLED, _PROMOTED = 1, 3, 3
+# CU_TENSOR_MAP_ DATA_TYPE_UINT16, L2_PROMOTION_L2_256B, and SWIZZLE_64B, SWIZZLE_128B by columns
+_SHORT, _PROMOTED, _SWIZZLED = 1, 3, {32: 2, 64: 3}
 _MOST_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
@@ -144,7 +144,7 @@ def tensor_map(matrix: Tensor, rows: int, columns: int) -> ctypes.Array[ctypes.c
     Args:
         matrix: (rows, columns), from a multiple of 16 bytes on, columns a multiple of 8.
         rows: of a tile, 256 at most.
-        columns: of a tile, 64: its lines of 128 bytes are swizzled.
+        columns: of a tile, 32 or 64: its lines of 64 or 128 bytes are swizzled.
 
     Raises:
         RuntimeError: the driver refused, with its number.
@@ -156,7 +156,7 @@ def tensor_map(matrix: Tensor, rows: int, columns: int) -> ctypes.Array[ctypes.c
     tile, every = (short * 2)(columns, rows), (short * 2)(1, 1)
     address = ctypes.c_void_p(matrix.data_ptr())
     status = _cuda().cuTensorMapEncodeTiled(
-        made, _SHORT, 2, address, sizes, pitch, tile, every, 0, _SWIZZLED, _PROMOTED, 0
+        made, _SHORT, 2, address, sizes, pitch, tile, every, 0, _SWIZZLED[columns], _PROMOTED, 0
     )
     _ok(status, "cuTensorMapEncodeTiled")
     return made
@@ -215,8 +215,9 @@ def image(source: str, target: str, defines: Mapping[str, int]) -> bytes:
     Raises:
         CompileError: there is no NVRTC, or it refused.
     """
-    shared = (SOURCES / "common.cuh").read_bytes()
-    text = (SOURCES / source).read_bytes().replace(b'#include "common.cuh"', shared)
+    text = (SOURCES / source).read_bytes()
+    for header in ("hopper.cuh", "common.cuh"):
+        text = text.replace(f'#include "{header}"'.encode(), (SOURCES / header).read_bytes())
     options = [f"--gpu-architecture={target}", "--std=c++17"]
     options += [f"-D{key}={value}" for key, value in sorted(defines.items())]
     major, minor = ctypes.c_int(), ctypes.c_int()

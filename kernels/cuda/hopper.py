@@ -10,11 +10,12 @@ from torch import Tensor
 from kernels.cuda.blocks import Blocks
 from kernels.cuda.driver import available, capability, function, tensor_map
 
-ROWS, _TOKENS, _STEP = 128, 256, 64
+ROWS, TOKENS, STEP = 128, 256, 64
+STORED = 64  # tokens that a group of warps writes at once
+LINE = 128  # bytes of a line of what is copied
+THREADS = 384  # of a thread block: of twelve warps eight multiply
 _STAGES = 4  # steps that are under way or in use, as many as shared memory holds
-_STORED = 64  # tokens that a group of warps writes at once
-_LINE = 128  # bytes of a line of what is copied
-_SHARED = _STAGES * (_TOKENS + ROWS) * _LINE + 4 * _STORED * _LINE + 16 * _STAGES + 1024
+_SHARED = _STAGES * (TOKENS + ROWS) * LINE + 4 * STORED * LINE + 16 * _STAGES + 1024
 _ENDING = 2  # steps that beginning and ending a tile take as long as
 _ROUND = 8  # tiles of a thread block are planned as a multiple of this, so that plans are alike
 _NEAR = 2**24  # bytes of x that stay in the second-level cache beside weights and results
@@ -29,7 +30,7 @@ def takes(blocks: Blocks, x: Tensor) -> bool:
     met them with a bias, or without, and with that activation is asked for then.
     """
     narrow = x.dtype in (torch.bfloat16, torch.float16) and len(x) > 0
-    fits = blocks.in_blocks and blocks.block[0] == ROWS and blocks.block[1] % _STEP == 0
+    fits = blocks.in_blocks and blocks.block[0] == ROWS and blocks.block[1] % STEP == 0
     if not (narrow and fits and len(blocks.columns)):  # a map of nothing is refused
         return False
     if capability(x.device.index) != (9, 0) or not available(x.device.index):
@@ -58,20 +59,20 @@ def linear(blocks: Blocks, x: Tensor, bias: Tensor | None, activation: int) -> T
     )
     kernel = function("hopper.cu", "hopper", x.device.index, defines, dynamic=True)
     maps = (
-        tensor_map(x, _TOKENS, _STEP),
-        tensor_map(blocks.values.view(-1, blocks.block[1]), ROWS, _STEP),
-        tensor_map(y, _STORED, _STEP),
+        tensor_map(x, TOKENS, STEP),
+        tensor_map(blocks.values.view(-1, blocks.block[1]), ROWS, STEP),
+        tensor_map(y, STORED, STEP),
     )
     tensors = (shared_out, blocks.starts, blocks.columns, bias)
     blocks_of_threads, waves = shared_out.shape
     numbers = (blocks.rows // ROWS, waves)
-    kernel.launch((blocks_of_threads, 1), 288, tensors, numbers, _SHARED, maps)
+    kernel.launch((blocks_of_threads, 1), THREADS, tensors, numbers, _SHARED, maps)
     return y
 
 
 def _tiles(x: Tensor) -> int:
     """How many tiles of tokens there are."""
-    return -(-len(x) // _TOKENS)
+    return -(-len(x) // TOKENS)
 
 
 def _plan(blocks: Blocks, x: Tensor) -> Tensor:
@@ -85,8 +86,8 @@ def _plan(blocks: Blocks, x: Tensor) -> Tensor:
     if tiles in blocks.planned or torch.cuda.is_current_stream_capturing():
         return held[-1]
     at_once = torch.cuda.get_device_properties(x.device).multi_processor_count
-    near = max(1, min(8, _NEAR // (2 * _TOKENS * blocks.channels)))
-    steps = (blocks.starts.diff() * (blocks.block[1] // _STEP)).tolist()
+    near = max(1, min(8, _NEAR // (2 * TOKENS * blocks.channels)))
+    steps = (blocks.starts.diff() * (blocks.block[1] // STEP)).tolist()
     shares = share_out(steps, tiles, at_once, near)
     waves = -(-max(map(len, shares)) // _ROUND) * _ROUND
     lines = [share + [-1] * (waves - len(share)) for share in shares]

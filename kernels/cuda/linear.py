@@ -7,12 +7,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.calls import activation_code
-from kernels.cuda import blob, entries, expand, few, hopper, table, two_of_four
+from kernels.cuda import blob, entries, expand, few, halves, hopper, table, two_of_four
 from kernels.cuda.blocks import LINEAR, MANY, Blocks
 from kernels.cuda.driver import has_triton
 from kernels.reference import activate
 
-KERNELS = ("few", "many", "hopper", "entries", "expand", "two_of_four", "channel", "dense")
+KERNELS = (
+    *("few", "many", "hopper", "entries", "expand", "halves", "two_of_four", "channel", "dense"),
+)
 
 
 def run(
@@ -118,6 +120,8 @@ def chosen(blocks: Blocks, tokens: Tensor) -> str:
             return "entries"
         if expand.takes(blocks, tokens) and expand.pays(blocks, tokens):
             return "expand"
+        if halves.takes(blocks, tokens) and halves.pays(blocks, tokens):
+            return "halves"
         return "two_of_four" if two_of_four.takes(blocks, tokens) else "dense"
     dense = blocks.whole is not None
     if few.takes(blocks, tokens):
@@ -165,7 +169,8 @@ def _module(kernel: str) -> Any:
         from kernels.cuda import many  # not at the top: Triton is imported only where it is needed
 
         return many
-    return {"few": few, "hopper": hopper, "entries": entries, "expand": expand}[kernel]
+    found = {"few": few, "hopper": hopper, "entries": entries, "expand": expand, "halves": halves}
+    return found[kernel]
 
 
 def aligned(x: Tensor) -> Tensor:

@@ -1,0 +1,131 @@
+// Sparse linear of many tokens on compute capability 9.0: y[t, r] = act(sum_c w[r, c] x[t, c] + bias[r]), of w two of every
+// four along a row.
+//
+// As hopper.cu, but that all lines of tiles are alike: a thread block takes one tile of every so many. wgmma.sp multiplies 64
+// rows by 32 columns of which half are there; which ones says a word of each lane for 64 columns, asked for two steps ahead.
+// Thread blocks of a TEAM (a cluster) take lines one behind the other at the same tokens, and each brings a part of x for all.
+//
+// A word: eight times four bits, the places of two columns among four; of lane l for its warp's 16 rows: of row l / 4 for
+// columns (l % 4) * 16 and on in the lower half, of the row 8 on in the upper.
+//
+// Given: TEAM (1 or 2), STAGES, BIAS (whether there is one), ACT (activation), BF16.
+
+#define W_LINE 64
+#include "hopper.cuh"
+
+#if TEAM > 1
+#define CLUSTER __cluster_dims__(TEAM, 1, 1)
+#else
+#define CLUSTER
+#endif
+
+constexpr int AHEAD = 2, WORDS = 32 * WARPS;  // of 64 columns of a line
+
+DEVICE void load_for_both(u32 to, const Map& from, int column, int row, u32 barrier) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+               "[%1, {%2, %3}], [%4], %5;"
+               ::"r"(to), "l"(&from), "r"(column), "r"(row), "r"(barrier), "h"((u16)3) : "memory");
+}
+DEVICE void arrive_at(u32 barrier, int rank) {
+  asm volatile("{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; "
+               "mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::"r"(barrier), "r"(rank) : "memory");
+}
+DEVICE void meet() {
+  if (TEAM > 1) asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, 1)
+halves(const __grid_constant__ Map xs, const __grid_constant__ Map ws, const __grid_constant__ Map ys, const u32* kinds,
+       const float* bias, int lines, int tiles, int steps) {
+  extern __shared__ uint4 memory[];
+  const u32 base = ((u32)__cvta_generic_to_shared(memory) + 1023) & ~1023u;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int rank = blockIdx.x % TEAM, teams = gridDim.x / TEAM, across = lines / TEAM, all = across * tiles;
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < STAGES; ++s) init(base + FULL + 8 * s, 1), init(base + EMPTY + 8 * s, WARPS * TEAM);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncthreads();
+  meet();
+  let_next_begin();
+  wait_for_input();
+  int stage = 0;
+  u32 phase = 0;
+  const auto advance = [&]() {
+    if (++stage == STAGES) stage = 0, phase ^= 1;
+  };
+  if (warp >= WARPS) {
+    take_few_registers();
+    if (warp > WARPS) return;
+    if (lane == 0)
+      for (int tile = blockIdx.x / TEAM; tile < all; tile += teams) {
+        const int row = (tile % across * TEAM + rank) * ROWS, token = tile / across * TOKENS + rank * (TOKENS / TEAM);
+        for (int step = 0; step < steps; ++step, advance()) {
+          const u32 full = base + FULL + 8 * stage, to = base + stage * STAGE;
+          wait(base + EMPTY + 8 * stage, phase ^ 1);
+          expect(full, STAGE);
+          load(to + X_BYTES, ws, step * (STEP / 2), row, full);
+          if (TEAM == 1) load(to, xs, step * STEP, token, full);
+          else load_for_both(to + rank * (X_BYTES / TEAM), xs, step * STEP, token, full);
+        }
+      }
+    __syncwarp();
+    meet();
+    return;
+  }
+  take_many_registers();
+  const int part = warp / 4, mine = part * 64 + warp % 4 * 16 + lane / 4;  // row, and that 8 on
+  const u32 staged = base + STAGES * STAGE + part * 2 * Y_BYTES;
+  const auto release = [&](u32 barrier) {
+    if (lane == 0) arrive(barrier);
+    if (TEAM > 1 && lane == 0) arrive_at(barrier, rank ^ 1);
+  };
+  const u32* words = kinds;  // of the tile at hand
+  u32 next[AHEAD] = {};
+  const auto ask = [&](int tile) {
+    if (tile < all) words = kinds + (tile % across * TEAM + rank) * (long long)steps * WORDS + warp * 32 + lane;
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i) next[i] = tile < all && i < steps ? words[i * WORDS] : 0;
+  };
+  ask(blockIdx.x / TEAM);
+  Written sums;
+  for (int tile = blockIdx.x / TEAM; tile < all; tile += teams) {
+    const int row = (tile % across * TEAM + rank) * ROWS, first = tile / across * TOKENS;
+    const float low = BIAS ? bias[row + mine] : 0.f, high = BIAS ? bias[row + mine + 8] : 0.f;
+    float c[128];
+    u32 before = 0;
+    const auto multiply = [&](int step) {
+      const u32 now = next[0], at = base + stage * STAGE;
+#pragma unroll
+      for (int i = 0; i + 1 < AHEAD; ++i) next[i] = next[i + 1];
+      next[AHEAD - 1] = step + AHEAD < steps ? words[(step + AHEAD) * WORDS] : 0;
+      wait(base + FULL + 8 * stage, phase);
+      const u64 x = operand<LINE>(at), w = operand<W_LINE>(at + X_BYTES + part * 64 * W_LINE);
+      begin_products();
+      multiply_halves<0>(c, w, x, now, step);
+      multiply_halves<1>(c, w + 2, x + 4, now, 1);
+      end_products();
+      wait_for_products<1>();
+      if (step) release(before);
+      before = base + EMPTY + 8 * stage;
+      advance();
+    };
+#pragma unroll
+    for (int piece = 0; piece < PIECES; ++piece) {
+      multiply(piece);
+      if (sums.token >= 0) write(sums, piece, ys, staged, part);
+    }
+    for (int step = PIECES; step < steps; ++step) multiply(step);
+    ask(tile + teams);
+    wait_for_products<0>();
+    release(before);
+    keep(sums, c, low, high, row + part * 64, first);
+  }
+  if (sums.token >= 0) {
+#pragma unroll
+    for (int piece = 0; piece < PIECES; ++piece) write(sums, piece, ys, staged, part);
+  }
+  if (threadIdx.x % 128 == 0) wait_until_written();
+  __syncwarp();
+  meet();
+}

@@ -1,0 +1,114 @@
+"""Two of every four by halves.cu: how they are stored, anywhere; on a GPU of 9.0 what it gives."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import kernels
+from kernels.cuda import blob, halves
+from kernels.cuda.linear import aligned, chosen, compute
+from kernels.reference import activate
+from tests.kernels.cuda.test_linear import BOUND
+
+on_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="needs a CUDA device of 9.0",
+)
+
+
+def two_of_four(rows: int, channels: int, device: str = "cuda") -> Tensor:
+    torch.manual_seed(rows + channels)
+    weight = torch.randn(rows, channels, device=device)
+    order = torch.rand(rows, channels // 4, 4, device=device).argsort(2)
+    return weight * (order < 2).view(rows, channels)
+
+
+def whole(found: Tensor, rows: int, channels: int, dtype: torch.dtype) -> Tensor:
+    """The weight, by what halves.cu says of each word and lane, one by one."""
+    count = rows * channels // 4
+    kept = found[:count].view(dtype).view(rows, channels // 2)
+    words = found[count:].view(rows // 128, channels // 64, 8, 32)
+    weight = torch.zeros(rows, channels, dtype=dtype)
+    for line, step, warp, lane in torch.cartesian_prod(*map(torch.arange, words.shape)).tolist():
+        word = int(words[line, step, warp, lane]) & 0xFFFFFFFF
+        for eighth in range(8):
+            row = line * 128 + warp * 16 + lane // 4 + 8 * (eighth // 4)
+            column = step * 64 + lane % 4 * 16 + eighth % 4 * 4
+            for turn in range(2):
+                place = word >> (4 * eighth + 2 * turn) & 3
+                weight[row, column + place] += kept[row, column // 2 + turn]
+    return weight
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_they_are_stored_as_described(dtype: torch.dtype) -> None:
+    weight = two_of_four(256, 128, "cpu").to(dtype)
+    weight[3, 4:8], weight[4, 4:8], weight[5, 4:8] = 0, torch.tensor([0, 0, 7, 0]), 0
+    found = halves.halved(weight)
+    assert found is not None and torch.equal(whole(found, 256, 128, dtype), weight)
+
+
+def test_more_than_two_of_four_are_refused() -> None:
+    weight = two_of_four(128, 256, "cpu").half()
+    weight[77, 100:104] = torch.tensor([1, 0, 2, 3])
+    assert halves.halved(weight) is None
+
+
+def check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> None:
+    """Against float64 on what the kernel was given, each team; two runs bit-equal."""
+    blocks, x = blob.read(kernels.pack_linear(weight).data), aligned(x)
+    assert halves.takes(blocks, x)
+    code = ["none", "relu", "relu6", "silu", "gelu"].index(activation)
+    wide = None if bias is None else bias.double()
+    true = activate(F.linear(x.double(), weight.double(), wide), activation)
+    teams = [1, 2] if len(weight) % 256 == 0 else [1]
+    for team in teams:
+        halves.linear(blocks, x, bias, code, team)
+        poison = torch.full((len(x), len(weight)), float("nan"), dtype=x.dtype, device="cuda")
+        del poison  # the allocator gives its memory to y
+        y = halves.linear(blocks, x, bias, code, team)
+        error = (y.double() - true).norm() / true.norm().clamp(min=1e-30)
+        assert not y.isnan().any() and error < BOUND[x.dtype], (team, float(error))
+        assert torch.equal(y, halves.linear(blocks, x, bias, code, team))
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 63, 256, 257, 1000])
+@pytest.mark.parametrize("shape", [(128, 256), (256, 320), (768, 1088)])
+def test_ragged_tokens(tokens: int, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    weight = two_of_four(*shape).to(dtype)
+    x = torch.randn(tokens, shape[1], device="cuda", dtype=dtype)
+    check(x, weight, None, "none")
+    for activation in ("none", "relu", "relu6", "silu", "gelu"):
+        check(x, weight, torch.randn(shape[0], device="cuda"), activation)
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_more_tiles_than_run_at_once() -> None:
+    check(
+        torch.randn(9000, 512, device="cuda").half(), two_of_four(2304, 512).half(), None, "none"
+    )
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_it_is_taken_and_replayed() -> None:
+    weight = two_of_four(2048, 1024).half()
+    packed, linear = kernels.pack_linear(weight), torch.ops.sparse_nas.sparse_linear
+    x, bias = torch.randn(2000, 1024, device="cuda").half(), torch.randn(2048, device="cuda")
+    assert chosen(blob.read(packed.data), x) == "halves"
+    linear(x, packed.data, bias, 2048, "relu")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = linear(x, packed.data, bias, 2048, "relu")
+    other = two_of_four(2048, 1024).roll(4, 1).half()
+    packed.data.copy_(kernels.pack_linear(other).data)
+    again = compute("halves", blob.read(packed.data), x, bias, "relu")
+    graph.replay()
+    assert torch.equal(y, again)
+    true = F.linear(x.double(), other.double(), bias.double()).relu()
+    assert (y.double() - true).norm() < BOUND[x.dtype] * true.norm()

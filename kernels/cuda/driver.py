@@ -215,10 +215,7 @@ def image(source: str, target: str, defines: Mapping[str, int]) -> bytes:
     Raises:
         CompileError: there is no NVRTC, or it refused.
     """
-    text = (SOURCES / source).read_bytes()
-    for header in ("hopper.cuh", "common.cuh"):
-        text = text.replace(f'#include "{header}"'.encode(), (SOURCES / header).read_bytes())
-    options = [f"--gpu-architecture={target}", "--std=c++17"]
+    text, options = source_text(source), [f"--gpu-architecture={target}", "--std=c++17"]
     options += [f"-D{key}={value}" for key, value in sorted(defines.items())]
     major, minor = ctypes.c_int(), ctypes.c_int()
     _nvrtc().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
@@ -226,7 +223,7 @@ def image(source: str, target: str, defines: Mapping[str, int]) -> bytes:
     digest = hashlib.sha256(words + text).hexdigest()[:16]
     path = cache_folder() / f"{Path(source).stem}-{target}-{digest}.cubin"
     if not path.exists():
-        code = _compile(text, source, options)
+        code, _ = compile_text(text, source, options)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}.part")
@@ -238,15 +235,29 @@ def image(source: str, target: str, defines: Mapping[str, int]) -> bytes:
     return path.read_bytes()
 
 
-def _compile(text: bytes, name: str, options: list[str]) -> bytes:
+def source_text(source: str) -> bytes:
+    """A file beside this one with what it includes."""
+    text = (SOURCES / source).read_bytes()
+    for header in ("hopper.cuh", "common.cuh"):
+        text = text.replace(f'#include "{header}"'.encode(), (SOURCES / header).read_bytes())
+    return text
+
+
+def compile_text(text: bytes, name: str, options: Sequence[str]) -> tuple[bytes, str]:
+    """The machine code of a source, and what the compiler said.
+
+    Raises:
+        CompileError: there is no NVRTC, or it refused.
+    """
     nvrtc, program = _nvrtc(), ctypes.c_void_p()
     nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, name.encode(), 0, None, None)
     words = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
-    if nvrtc.nvrtcCompileProgram(program, len(options), words):
-        raise CompileError(
-            _taken(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program).decode()
-        )
-    return _taken(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program)
+    status = nvrtc.nvrtcCompileProgram(program, len(options), words)
+    said = _taken(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program)
+    log = said.decode(errors="replace")
+    if status:
+        raise CompileError(log)
+    return _taken(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program), log
 
 
 def _taken(size_of: Any, get: Any, program: ctypes.c_void_p) -> bytes:

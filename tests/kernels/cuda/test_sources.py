@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.cuda import few
+from kernels.cuda import driver, few
 from kernels.cuda.blocks import LINEAR, Blocks, Form
 from kernels.cuda.driver import CompileError, image
 from kernels.window import Window
@@ -59,6 +60,25 @@ def test_sources_compile(target: str, narrow: int) -> None:
     for high, wide, depth in itertools.product((1, 2, 4), (1, 2, 4), (2, 3)):
         shape = {"MT": high, "NT": wide, "WARPS": 16, "BF16": narrow}
         compiles("expand.cu", target, **shape, DEPTH=depth, COPIES=3)
+
+
+@pytest.mark.parametrize("source", ["hopper.cu", "halves.cu"])
+@pytest.mark.parametrize("activation", [0, 4])
+@pytest.mark.parametrize("team", [1, 2])
+def test_products_of_wgmma_overlap(source: str, activation: int, team: int) -> None:
+    """ptxas waits for each of them where it cannot see that the next one may begin."""
+    defines = {"BC": 64 * team, "TEAM": team, "STAGES": 4, "BIAS": 1, "ACT": activation, "BF16": 1}
+    options = ["--gpu-architecture=sm_90a", "--std=c++17", "--ptxas-options=-v"]
+    options += [f"-D{name}={value}" for name, value in defines.items()]
+    try:
+        _, log = driver.compile_text(driver.source_text(source), source, options)
+    except CompileError as error:
+        if "was not found" in str(error):
+            pytest.skip(str(error))
+        raise
+    assert "registers" in log and "serialized" not in log
+    spilled = re.search(r"(\d+) bytes spill stores", log)
+    assert spilled is not None and int(spilled[1]) <= 32
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -83,6 +83,8 @@ def read(data: Tensor) -> Blocks:
 
 def _over(old: Blocks, new: Blocks) -> Blocks:
     """What was made anew, in the place of what it replaces where it fits: a graph may read it."""
+    if old.halves is not None and new.halves is None:  # a graph that reads it gives no number
+        old.halves[: old.rows * old.channels // 4] = _NO_NUMBERS
     names = [name for name in _MADE if name != "whole" or not (old.dense or new.dense)]
     made: dict[str, Any] = {n: _copied(getattr(old, n), getattr(new, n)) for n in names}
     if (old.rows, old.block) == (new.rows, new.block):
@@ -105,6 +107,7 @@ def _left(old: Blocks, new: Blocks) -> list[Tensor | None]:
     return left if new.plans is old.plans else [*left, *chain(*old.plans.values())]
 
 
+_NO_NUMBERS = 0x7FFF7FFF  # two of them, in bfloat16 or float16
 _MADE = ("order", "two_of_four", "halves", "whole")  # of a weight when it is read
 _met: Any = WeakTensorKeyDictionary()
 
@@ -197,7 +200,8 @@ def _parse(data: Tensor) -> Blocks:
     order = starts.diff().argsort(descending=True, stable=True).int()
     order = columns.long() if kind == CHANNEL else order
     whole = kind in (DENSE, ENTRIES)
-    plain = whole and form.taps == form.groups == 1
+    may = 2 * int(head["nonzeros"]) <= rows * channels  # be two of every four
+    plain = whole and may and form.taps == form.groups == 1
     semi = two_of_four.compressed(values) if plain else None
     half = halves.compressed(values) if plain else None
     sizes = (form, rows, channels, (height, width))

@@ -2,7 +2,7 @@
 // four along a row.
 //
 // As hopper.cu, but that all lines of tiles are alike: a thread block takes one tile of every so many. wgmma.sp multiplies 64
-// rows by 32 columns of which half are there; which ones says a word of each lane for 64 columns, asked for two steps ahead.
+// rows by 32 columns of which half are there; which ones says a word of each lane for 64 columns, which comes beside them.
 // Thread blocks of a TEAM (a cluster) take lines one behind the other at the same tokens, and each brings a part of x for all.
 //
 // A word: eight times four bits, the places of two columns among four; of lane l for its warp's 16 rows: of row l / 4 for
@@ -11,6 +11,7 @@
 // Given: TEAM (1 or 2), STAGES, BIAS (whether there is one), ACT (activation), BF16.
 
 #define W_LINE 64
+#define K_BYTES 1024
 #include "hopper.cuh"
 
 #if TEAM > 1
@@ -19,8 +20,10 @@
 #define CLUSTER
 #endif
 
-constexpr int AHEAD = 2, WORDS = 32 * WARPS;  // of 64 columns of a line
-
+DEVICE void load_words(u32 to, const u32* from, u32 barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+               ::"r"(to), "l"(from), "n"(K_BYTES), "r"(barrier) : "memory");
+}
 DEVICE void load_for_both(u32 to, const Map& from, int column, int row, u32 barrier) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
                "[%1, {%2, %3}], [%4], %5;"
@@ -65,6 +68,7 @@ halves(const __grid_constant__ Map xs, const __grid_constant__ Map ws, const __g
           wait(base + EMPTY + 8 * stage, phase ^ 1);
           expect(full, STAGE);
           load(to + X_BYTES, ws, step * (STEP / 2), row, full);
+          load_words(to + X_BYTES + W_BYTES, kinds + ((long long)row / ROWS * steps + step) * (K_BYTES / 4), full);
           if (TEAM == 1) load(to, xs, step * STEP, token, full);
           else load_for_both(to + rank * (X_BYTES / TEAM), xs, step * STEP, token, full);
         }
@@ -80,14 +84,6 @@ halves(const __grid_constant__ Map xs, const __grid_constant__ Map ws, const __g
     if (lane == 0) arrive(barrier);
     if (TEAM > 1 && lane == 0) arrive_at(barrier, rank ^ 1);
   };
-  const u32* words = kinds;  // of the tile at hand
-  u32 next[AHEAD] = {};
-  const auto ask = [&](int tile) {
-    if (tile < all) words = kinds + (tile % across * TEAM + rank) * (long long)steps * WORDS + warp * 32 + lane;
-#pragma unroll
-    for (int i = 0; i < AHEAD; ++i) next[i] = tile < all && i < steps ? words[i * WORDS] : 0;
-  };
-  ask(blockIdx.x / TEAM);
   Written sums;
   for (int tile = blockIdx.x / TEAM; tile < all; tile += teams) {
     const int row = (tile % across * TEAM + rank) * ROWS, first = tile / across * TOKENS;
@@ -95,11 +91,10 @@ halves(const __grid_constant__ Map xs, const __grid_constant__ Map ws, const __g
     float c[128];
     u32 before = 0;
     const auto multiply = [&](int step) {
-      const u32 now = next[0], at = base + stage * STAGE;
-#pragma unroll
-      for (int i = 0; i + 1 < AHEAD; ++i) next[i] = next[i + 1];
-      next[AHEAD - 1] = step + AHEAD < steps ? words[(step + AHEAD) * WORDS] : 0;
+      const u32 at = base + stage * STAGE;
       wait(base + FULL + 8 * stage, phase);
+      u32 now;
+      asm volatile("ld.shared.u32 %0, [%1];" : "=r"(now) : "r"(at + X_BYTES + W_BYTES + 4 * (warp * 32 + lane)));
       const u64 x = operand<LINE>(at), w = operand<W_LINE>(at + X_BYTES + part * 64 * W_LINE);
       begin_products();
       multiply_halves<0>(c, w, x, now, step);
@@ -116,7 +111,6 @@ halves(const __grid_constant__ Map xs, const __grid_constant__ Map ws, const __g
       if (sums.token >= 0) write(sums, piece, ys, staged, part);
     }
     for (int step = PIECES; step < steps; ++step) multiply(step);
-    ask(tile + teams);
     wait_for_products<0>();
     release(before);
     keep(sums, c, low, high, row + part * 64, first);

@@ -8,7 +8,10 @@ from kernels.cuda.driver import available, capability, function, tensor_map
 from kernels.cuda.hopper import LINE, ROWS, STEP, STORED, THREADS, TOKENS
 
 _STAGES = 4
-_SHARED = _STAGES * (TOKENS + ROWS // 2) * LINE + 4 * STORED * LINE + 16 * _STAGES + 1024
+_WORDS = 1024  # bytes of 64 columns
+_SHARED = (
+    _STAGES * ((TOKENS + ROWS // 2) * LINE + _WORDS) + 4 * STORED * LINE + 16 * _STAGES + 1024
+)
 _LEAST = 4 * STEP  # columns
 _MANY = 1024  # tokens from which it was faster than dense
 
@@ -34,7 +37,7 @@ def halved(weight: Tensor) -> Tensor | None:
     """
     rows, channels = weight.shape
     fours = weight.view(rows, channels // 4, 4)
-    ones = torch.tensor([1, 2, 4, 8], device=weight.device)
+    ones = torch.tensor([1, 2, 4, 8], dtype=torch.uint8, device=weight.device)
     bits = torch.tensor(_CODES, device=weight.device)[((fours != 0) * ones).sum(2)]
     if int(bits.min()) < 0:
         return None

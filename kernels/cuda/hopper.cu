@@ -1,7 +1,7 @@
 // Sparse linear of many tokens on compute capability 9.0: y[t, r] = act(sum_c w[r, c] x[t, c] + bias[r]), w in blocks of
 // 128 x BC.
 //
-// A thread block takes tiles of 256 tokens and 128 rows in turn. Its last warp asks the copy engine for 64 columns of w
+// A thread block takes tiles of 256 tokens and 128 rows in turn. Its ninth warp asks the copy engine for 64 columns of w
 // and of x at a time, STAGES steps ahead, also of the next tile while one is written. Two groups of four warps multiply
 // (wgmma), 64 rows of w (its M) by all tokens (its N) each, and give sums to the copy engine 64 tokens at a time, beside
 // the first products of the next tile.
@@ -12,6 +12,7 @@
 // Given: BC, STAGES, BIAS (whether there is one), ACT (activation), BF16.
 
 #define W_LINE 128
+#define K_BYTES 0
 #include "hopper.cuh"
 
 constexpr int SIDES = BC / STEP, AHEAD = 3;

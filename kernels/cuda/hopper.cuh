@@ -1,6 +1,7 @@
 // What hopper.cu and halves.cu share: the copy engine, barriers, wgmma, and how sums are written.
 //
-// Given: W_LINE (bytes of 64 columns of a row of w as they are stored), STAGES, BIAS (whether there is one), ACT, BF16.
+// Given: W_LINE (bytes of 64 columns of a row of w as they are stored), K_BYTES (of words for 64 columns of all rows), STAGES,
+// BIAS (whether there is one), ACT, BF16.
 
 #include "common.cuh"
 
@@ -8,7 +9,7 @@ typedef unsigned long long u64;
 struct alignas(64) Map { u64 words[16]; };  // CUtensorMap
 
 constexpr int TOKENS = 256, ROWS = 128, STEP = 64, LINE = 128;  // of a tile; LINE: bytes of 64 columns of x
-constexpr int X_BYTES = TOKENS * LINE, STAGE = X_BYTES + ROWS * W_LINE, PIECE = 64, Y_BYTES = PIECE * LINE;
+constexpr int X_BYTES = TOKENS * LINE, W_BYTES = ROWS * W_LINE, STAGE = X_BYTES + W_BYTES + K_BYTES, PIECE = 64, Y_BYTES = PIECE * LINE;
 constexpr int FULL = STAGES * STAGE + 4 * Y_BYTES, EMPTY = FULL + 8 * STAGES;  // barriers, behind stages and sums
 constexpr int WARPS = 8, THREADS = 32 * (WARPS + 4), PIECES = TOKENS / PIECE;  // warps that multiply; four more load
 
@@ -38,10 +39,10 @@ DEVICE void wait_until_read() {
 }
 DEVICE void wait_until_written() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
-// where an operand of wgmma begins; lines of so many bytes as the copy engine swizzles them, eight of them a unit
+// where an operand of wgmma begins (in a cluster the bits above say in which thread block); lines of so many bytes as the copy engine swizzles them, eight of them a unit
 template <int BYTES>
 DEVICE u64 operand(u32 at) {
-  return (u64)(at >> 4) | 1ull << 16 | (u64)(BYTES / 2) << 32 | (BYTES == 128 ? 1ull : 2ull) << 62;
+  return (u64)((at & 0x3ffff) >> 4) | 1ull << 16 | (u64)(BYTES / 2) << 32 | (BYTES == 128 ? 1ull : 2ull) << 62;
 }
 #define C4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
 #define C16(i) C4(i), C4(i + 4), C4(i + 8), C4(i + 12)

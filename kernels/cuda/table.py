@@ -55,4 +55,5 @@ def _weight(blocks: Blocks, conv: bool) -> list[str]:
     words = ["kernels of", "conv2d" if conv else "linear", f"{blocks.rows}x{blocks.channels}"]
     words += [str(dtype), *(["tf32 of", narrowed(dtype, conv)] if narrowed(dtype, conv) else [])]
     words += [kind, "kept", measured.share(stored, whole)]
-    return [*words, "2:4"] if blocks.two_of_four is not None else words
+    semi = blocks.two_of_four is not None or blocks.halves is not None
+    return [*words, "2:4"] if semi else words

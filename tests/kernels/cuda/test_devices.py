@@ -37,18 +37,21 @@ def assert_near(y: Tensor, true: Tensor) -> None:
         (16, 512, 1, "expand"),
         (300, 512, 1, "dense"),
         (2048, 4096, 2, "two_of_four"),
+        (1024, 1024, 2, "halves"),
     ],
 )
 def test_kernels_of_another_device(tokens: int, size: int, block: int, kernel: str) -> None:
-    if kernel == "hopper" and torch.cuda.get_device_capability(OTHER) != (9, 0):
+    if kernel in ("hopper", "halves") and torch.cuda.get_device_capability(OTHER) != (9, 0):
         pytest.skip("needs a CUDA device of 9.0")
     weight = masked(size, size, max(1, block), 0.2)
-    if kernel == "two_of_four":
+    if block == 2:
         weight = torch.randn_like(weight).view(size, -1, 2, 2) * torch.tensor([1, 0]).to(weight)
         weight = weight.reshape(size, size) / size**0.5
     x = torch.randn(tokens, size, device=OTHER).bfloat16()
     packed = kernels.pack_linear(weight)
-    assert linear.chosen(blob.read(packed.data), x) == kernel
+    if kernel != "two_of_four":  # where there is another one it is not the first
+        assert linear.chosen(blob.read(packed.data), x) == kernel
+    assert linear.takes(kernel, blob.read(packed.data), x)
     true = F.linear(x.double(), weight.double())
     for _ in range(2):
         assert_near(torch.ops.sparse_nas.sparse_linear(x, packed.data, None, size), true)

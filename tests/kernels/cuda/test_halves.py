@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import kernels
-from kernels.cuda import blob, halves
+from kernels.cuda import blob, halves, pack, table
 from kernels.cuda.linear import aligned, chosen, compute
 from kernels.reference import activate
 from tests.kernels.cuda.test_linear import BOUND
@@ -55,6 +55,26 @@ def test_more_than_two_of_four_are_refused() -> None:
     assert halves.halved(weight) is None
 
 
+def test_what_a_graph_may_read_is_written_over_or_no_number(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(halves, "compressed", halves.halved)
+    weight = two_of_four(256, 256, "cpu").half()
+    weight[0, :8] = torch.tensor([1, 2, 0, 0, 3, 0, 4, 0])
+    data = pack.pack_linear(weight).data
+    first = blob.read(data).halves
+    assert first is not None and torch.equal(whole(first, 256, 256, weight.dtype), weight)
+    assert "2:4" in table.linear_case(blob.read(data), 2048)  # no other weight shares its times
+    other = weight.roll(128, 0)
+    data.copy_(pack.pack_linear(other).data)
+    assert blob.read(data).halves is first
+    assert torch.equal(whole(first, 256, 256, weight.dtype), other)
+    weight[0, :8] = torch.tensor([1, 0, 0, 0, 3, 2, 4, 0])  # as many bytes
+    data.copy_(pack.pack_linear(weight).data)
+    assert blob.read(data).halves is None
+    assert bool(first[: 256 * 64].view(weight.dtype).isnan().all())
+
+
 def check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> None:
     """Against float64 on what the kernel was given, each team; two runs bit-equal."""
     blocks, x = blob.read(kernels.pack_linear(weight).data), aligned(x)
@@ -88,10 +108,13 @@ def test_ragged_tokens(tokens: int, dtype: torch.dtype, shape: tuple[int, int]) 
 
 @pytest.mark.gpu
 @on_hopper
-def test_more_tiles_than_run_at_once() -> None:
-    check(
-        torch.randn(9000, 512, device="cuda").half(), two_of_four(2304, 512).half(), None, "none"
-    )
+@pytest.mark.parametrize("rows", [2176, 2304])  # an odd number of lines of tiles, an even one
+@pytest.mark.parametrize("channels", [256, 512])  # as few as can be
+def test_more_tiles_than_run_at_once(rows: int, channels: int) -> None:
+    weight, bias = two_of_four(rows, channels).bfloat16(), torch.randn(rows, device="cuda")
+    x = torch.randn(9000, channels, device="cuda").bfloat16()
+    check(x, weight, bias, "gelu")
+    check(x, weight, None, "none")
 
 
 @pytest.mark.gpu
@@ -105,7 +128,7 @@ def test_it_is_taken_and_replayed() -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = linear(x, packed.data, bias, 2048, "relu")
-    other = two_of_four(2048, 1024).roll(4, 1).half()
+    other = weight.roll(16, 0)  # as many bytes: tiles keep what they have
     packed.data.copy_(kernels.pack_linear(other).data)
     again = compute("halves", blob.read(packed.data), x, bias, "relu")
     graph.replay()

@@ -61,7 +61,9 @@ def test_more_tiles_than_run_at_once(density: float, width: int) -> None:
     weight = masked(4096, 8192, (128, width), density, torch.bfloat16)
     weight[128:512] = 0
     weight[512:640] = torch.randn(128, 8192, device="cuda") / 90
-    check(torch.randn(5000, 8192, device="cuda").bfloat16(), weight, None, "none")
+    x, bias = torch.randn(5000, 8192, device="cuda").bfloat16(), torch.randn(4096, device="cuda")
+    check(x, weight, None, "none")
+    check(x, weight, bias, "gelu")
 
 
 @pytest.mark.gpu

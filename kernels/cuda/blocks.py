@@ -77,7 +77,8 @@ class Blocks:
         longest: most blocks of a row of blocks; found when read.
         room: bytes of the largest tile; found when read.
         halves: the weight as halves.cu wants it in the same case, or None; made when read.
-        plans: which tiles thread blocks of hopper.cu take, by how many tiles of tokens there are;
+        plans: which tiles thread blocks of hopper.cu take, by how many tiles of tokens there are
+            and how many thread blocks share them;
             made when needed. Of a weight that is written over they stay right, for a graph too.
         planned: which of them were made for these blocks.
         whole: (rows, channels): `values` of a dense weight; of blocks what they unpack to, where
@@ -101,8 +102,8 @@ class Blocks:
     room: int = 0
     whole: Tensor | None = None
     halves: Tensor | None = None
-    plans: dict[int, list[Tensor]] = field(default_factory=dict)
-    planned: set[int] = field(default_factory=set)
+    plans: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
+    planned: set[tuple[int, int]] = field(default_factory=set)
 
     @property
     def has_entries(self) -> bool:

@@ -14,27 +14,9 @@
 #define K_BYTES 1024
 #include "hopper.cuh"
 
-#if TEAM > 1
-#define CLUSTER __cluster_dims__(TEAM, 1, 1)
-#else
-#define CLUSTER
-#endif
-
 DEVICE void load_words(u32 to, const u32* from, u32 barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                ::"r"(to), "l"(from), "n"(K_BYTES), "r"(barrier) : "memory");
-}
-DEVICE void load_for_both(u32 to, const Map& from, int column, int row, u32 barrier) {
-  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
-               "[%1, {%2, %3}], [%4], %5;"
-               ::"r"(to), "l"(&from), "r"(column), "r"(row), "r"(barrier), "h"((u16)3) : "memory");
-}
-DEVICE void arrive_at(u32 barrier, int rank) {
-  asm volatile("{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; "
-               "mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::"r"(barrier), "r"(rank) : "memory");
-}
-DEVICE void meet() {
-  if (TEAM > 1) asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
 extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, 1)
@@ -44,14 +26,7 @@ halves(const __grid_constant__ Map xs, const __grid_constant__ Map ws, const __g
   const u32 base = ((u32)__cvta_generic_to_shared(memory) + 1023) & ~1023u;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int rank = blockIdx.x % TEAM, teams = gridDim.x / TEAM, across = lines / TEAM, all = across * tiles;
-  if (threadIdx.x == 0) {
-    for (int s = 0; s < STAGES; ++s) init(base + FULL + 8 * s, 1), init(base + EMPTY + 8 * s, WARPS * TEAM);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  }
-  __syncthreads();
-  meet();
-  let_next_begin();
-  wait_for_input();
+  begin(base);
   int stage = 0;
   u32 phase = 0;
   const auto advance = [&]() {
@@ -69,8 +44,7 @@ halves(const __grid_constant__ Map xs, const __grid_constant__ Map ws, const __g
           expect(full, STAGE);
           load(to + X_BYTES, ws, step * (STEP / 2), row, full);
           load_words(to + X_BYTES + W_BYTES, kinds + ((long long)row / ROWS * steps + step) * (K_BYTES / 4), full);
-          if (TEAM == 1) load(to, xs, step * STEP, token, full);
-          else load_for_both(to + rank * (X_BYTES / TEAM), xs, step * STEP, token, full);
+          load_for_all(to + rank * (X_BYTES / TEAM), xs, step * STEP, token, full);
         }
       }
     __syncwarp();
@@ -80,10 +54,6 @@ halves(const __grid_constant__ Map xs, const __grid_constant__ Map ws, const __g
   take_many_registers();
   const int part = warp / 4, mine = part * 64 + warp % 4 * 16 + lane / 4;  // row, and that 8 on
   const u32 staged = base + STAGES * STAGE + part * 2 * Y_BYTES;
-  const auto release = [&](u32 barrier) {
-    if (lane == 0) arrive(barrier);
-    if (TEAM > 1 && lane == 0) arrive_at(barrier, rank ^ 1);
-  };
   Written sums;
   for (int tile = blockIdx.x / TEAM; tile < all; tile += teams) {
     const int row = (tile % across * TEAM + rank) * ROWS, first = tile / across * TOKENS;
@@ -101,7 +71,7 @@ halves(const __grid_constant__ Map xs, const __grid_constant__ Map ws, const __g
       multiply_halves<1>(c, w + 2, x + 4, now, 1);
       end_products();
       wait_for_products<1>();
-      if (step) release(before);
+      if (step) release(before, rank);
       before = base + EMPTY + 8 * stage;
       advance();
     };
@@ -112,7 +82,7 @@ halves(const __grid_constant__ Map xs, const __grid_constant__ Map ws, const __g
     }
     for (int step = PIECES; step < steps; ++step) multiply(step);
     wait_for_products<0>();
-    release(before);
+    release(before, rank);
     keep(sums, c, low, high, row + part * 64, first);
   }
   if (sums.token >= 0) {

@@ -7,9 +7,10 @@
 // the first products of the next tile.
 //
 // Which tiles a thread block takes was planned ahead: a line of `plan` for each, of numbers that count all lines of the
-// first tokens first, and -1 where they end. Sums have one order: bit-equal in every run.
+// first tokens first, and -1 where they end. Thread blocks of a TEAM (a cluster) take the same line at tokens one behind the
+// other, as if they were one tile, and each brings a part of w. Sums have one order: bit-equal in every run.
 //
-// Given: BC, STAGES, BIAS (whether there is one), ACT (activation), BF16.
+// Given: BC, TEAM (1 or 2), STAGES, BIAS (whether there is one), ACT (activation), BF16.
 
 #define W_LINE 128
 #define K_BYTES 0
@@ -19,20 +20,15 @@ constexpr int SIDES = BC / STEP, AHEAD = 3;
 
 struct Tile { int number, begin, end, column; };  // of a tile, its blocks, and a lane's of their columns
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, 1)
 hopper(const __grid_constant__ Map xs, const __grid_constant__ Map ws, const __grid_constant__ Map ys, const int* plan,
        const int* starts, const int* columns, const float* bias, int lines, int waves) {
   extern __shared__ uint4 memory[];
   const u32 base = ((u32)__cvta_generic_to_shared(memory) + 1023) & ~1023u;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  plan += blockIdx.x * waves;
-  if (threadIdx.x == 0) {
-    for (int s = 0; s < STAGES; ++s) init(base + FULL + 8 * s, 1), init(base + EMPTY + 8 * s, WARPS);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  }
-  __syncthreads();
-  let_next_begin();
-  wait_for_input();
+  const int rank = blockIdx.x % TEAM;
+  plan += blockIdx.x / TEAM * waves;
+  begin(base);
   // what lists say of a tile is asked for some tiles ahead, each thing once that is here which it depends on
   Tile next[AHEAD + 1];
   const auto number = [&](Tile& tile, int wave) { tile.number = wave < waves ? plan[wave] : -1; };
@@ -63,7 +59,7 @@ hopper(const __grid_constant__ Map xs, const __grid_constant__ Map ws, const __g
     take_few_registers();
     if (warp > WARPS) return;
     for (int wave = 0; next[0].number >= 0; turn(wave), ++wave) {
-      const int token = next[0].number / lines * TOKENS;
+      const int token = (next[0].number / lines * TEAM + rank) * TOKENS;
       int held = next[0].column;
       for (int i = next[0].begin; i < next[0].end; ++i) {
         const int back = (i - next[0].begin) % 32;
@@ -75,12 +71,14 @@ hopper(const __grid_constant__ Map xs, const __grid_constant__ Map ws, const __g
             const u32 full = base + FULL + 8 * stage, to = base + stage * STAGE;
             wait(base + EMPTY + 8 * stage, phase ^ 1);
             expect(full, STAGE);
-            load(to + X_BYTES, ws, side * STEP, i * ROWS, full);
+            load_for_all(to + X_BYTES + rank * (W_BYTES / TEAM), ws, side * STEP, i * ROWS + rank * (ROWS / TEAM), full);
             load(to, xs, from + side * STEP, token, full);
           }
         __syncwarp();
       }
     }
+    __syncwarp();
+    meet();
     return;
   }
   take_many_registers();
@@ -88,7 +86,7 @@ hopper(const __grid_constant__ Map xs, const __grid_constant__ Map ws, const __g
   const u32 staged = base + STAGES * STAGE + part * 2 * Y_BYTES;
   Written sums;
   for (int wave = 0; next[0].number >= 0; turn(wave), ++wave) {
-    const int row = next[0].number % lines * ROWS, first = next[0].number / lines * TOKENS;
+    const int row = next[0].number % lines * ROWS, first = (next[0].number / lines * TEAM + rank) * TOKENS;
     const int steps = (next[0].end - next[0].begin) * SIDES;
     const float low = BIAS ? bias[row + mine] : 0.f, high = BIAS ? bias[row + mine + 8] : 0.f;
     float c[128];
@@ -106,7 +104,7 @@ hopper(const __grid_constant__ Map xs, const __grid_constant__ Map ws, const __g
       for (int k = 0; k < 4; ++k) multiply_by_group(c, w + 2 * k, x + 2 * k, step + k);
       end_products();
       wait_for_products<1>();
-      if (step && lane == 0) arrive(before);
+      if (step) release(before, rank);
       before = base + EMPTY + 8 * stage;
       advance();
     };
@@ -117,7 +115,7 @@ hopper(const __grid_constant__ Map xs, const __grid_constant__ Map ws, const __g
     }
     for (int step = PIECES; step < steps; ++step) multiply(step);
     wait_for_products<0>();
-    if (steps && lane == 0) arrive(before);
+    if (steps) release(before, rank);
     keep(sums, c, low, high, row + part * 64, first);
   }
   if (sums.token >= 0) {
@@ -125,4 +123,6 @@ hopper(const __grid_constant__ Map xs, const __grid_constant__ Map ws, const __g
     for (int piece = 0; piece < PIECES; ++piece) write(sums, piece, ys, staged, part);
   }
   if (threadIdx.x % 128 == 0) wait_until_written();
+  __syncwarp();
+  meet();
 }

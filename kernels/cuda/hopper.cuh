@@ -1,12 +1,20 @@
 // What hopper.cu and halves.cu share: the copy engine, barriers, wgmma, and how sums are written.
 //
-// Given: W_LINE (bytes of 64 columns of a row of w as they are stored), K_BYTES (of words for 64 columns of all rows), STAGES,
-// BIAS (whether there is one), ACT, BF16.
+// Thread blocks of a TEAM (a cluster) go through the same steps; each brings a part of what all of them multiply.
+//
+// Given: W_LINE (bytes of 64 columns of a row of w as they are stored), K_BYTES (of words for 64 columns of all rows), TEAM
+// (1 or 2), STAGES, BIAS (whether there is one), ACT, BF16.
 
 #include "common.cuh"
 
 typedef unsigned long long u64;
 struct alignas(64) Map { u64 words[16]; };  // CUtensorMap
+
+#if TEAM > 1
+#define CLUSTER __cluster_dims__(TEAM, 1, 1)
+#else
+#define CLUSTER
+#endif
 
 constexpr int TOKENS = 256, ROWS = 128, STEP = 64, LINE = 128;  // of a tile; LINE: bytes of 64 columns of x
 constexpr int X_BYTES = TOKENS * LINE, W_BYTES = ROWS * W_LINE, STAGE = X_BYTES + W_BYTES + K_BYTES, PIECE = 64, Y_BYTES = PIECE * LINE;
@@ -27,6 +35,35 @@ DEVICE void wait(u32 barrier, u32 phase) {
 DEVICE void load(u32 to, const Map& from, int column, int row, u32 barrier) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
                "[%4];" ::"r"(to), "l"(&from), "r"(column), "r"(row), "r"(barrier) : "memory");
+}
+// a part of what all of the team multiply, to the same place in each of them; `barrier` of each hears of it
+DEVICE void load_for_all(u32 to, const Map& from, int column, int row, u32 barrier) {
+  if (TEAM == 1) return load(to, from, column, row, barrier);
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+               "[%1, {%2, %3}], [%4], %5;"
+               ::"r"(to), "l"(&from), "r"(column), "r"(row), "r"(barrier), "h"((u16)3) : "memory");
+}
+// this warp has read a stage: whoever of the team loads into it may go on. Without .release.cluster, which would wait for all
+// that the warp ever asked of memory: wgmma has read what there was, and nothing was written
+DEVICE void release(u32 barrier, int rank) {
+  if (threadIdx.x % 32) return;
+  arrive(barrier);
+  if (TEAM > 1)
+    asm volatile("{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; "
+                 "mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::"r"(barrier), "r"(rank ^ 1) : "memory");
+}
+DEVICE void meet() {
+  if (TEAM > 1) asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+DEVICE void begin(u32 base) {
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < STAGES; ++s) init(base + FULL + 8 * s, 1), init(base + EMPTY + 8 * s, WARPS * TEAM);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncthreads();
+  meet();
+  let_next_begin();
+  wait_for_input();
 }
 DEVICE void store(const Map& to, int column, int row, u32 from) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];"

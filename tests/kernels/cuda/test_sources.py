@@ -54,7 +54,8 @@ def test_sources_compile(target: str, narrow: int) -> None:
     if target == "sm_90":
         for wide, bias, activation in ((64, 0, 0), (128, 0, 4), *((128, 1, a) for a in range(5))):
             kind = {"BIAS": bias, "ACT": activation, "BF16": narrow}
-            compiles("hopper.cu", "sm_90a", BC=wide, STAGES=4, **kind)
+            for team in (1, 2):
+                compiles("hopper.cu", "sm_90a", BC=wide, TEAM=team, STAGES=4, **kind)
         for team in (1, 2):
             compiles("halves.cu", "sm_90a", TEAM=team, STAGES=4, **kind)
     for high, wide, depth in itertools.product((1, 2, 4), (1, 2, 4), (2, 3)):

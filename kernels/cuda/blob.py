@@ -118,16 +118,28 @@ def validate(data: Tensor, meta: dict[str, Any]) -> None:
     Raises:
         ValueError: names what is malformed, the rule and the value.
     """
-    blocks = read(data)
+    _is_bytes(data)
     raw = data.cpu().numpy()
-    found = _checksum(raw)
-    rule(_head(raw)["crc"] == found, "checksum", f"{found:#010x}", _head(raw)["crc"])
+    head, found = _head(raw), _checksum(raw)
+    rule(head["crc"] == found, "checksum", f"{found:#010x}", head["crc"])
+    _lengths(head, _form(head))
+    _agree(meta, meta_of(data, meta.get("pattern", "")))  # before a size from there is believed
+    blocks = read(data)
     matrix = unpack(blocks)
     nonzeros = int(matrix.count_nonzero())
-    rule(_head(raw)["nonzeros"] == nonzeros, "nonzeros", str(nonzeros), _head(raw)["nonzeros"])
-    true = meta_of(data, pattern(matrix, blocks.form))
+    rule(head["nonzeros"] == nonzeros, "nonzeros", str(nonzeros), head["nonzeros"])
+    _agree(meta, meta_of(data, pattern(matrix, blocks.form)))
+
+
+def _agree(meta: dict[str, Any], true: dict[str, Any]) -> None:
     for key in true.keys() | meta.keys():
         rule(meta.get(key) == true.get(key), f"meta {key}", repr(true.get(key)), meta.get(key))
+
+
+def _is_bytes(data: Tensor) -> None:
+    rule(data.data_ptr() % 16 == 0, "data", "at a multiple of 16 bytes", data.data_ptr())
+    fits = data.dtype is torch.uint8 and data.dim() == 1 and data.is_contiguous()
+    rule(fits, "data", "contiguous (n,) uint8", f"{tuple(data.shape)} {data.dtype}")
 
 
 def write(head: Any, parts: tuple[Tensor, ...]) -> Tensor:
@@ -181,9 +193,7 @@ def _head(raw: npt.NDArray[np.uint8]) -> Any:
 
 
 def _parse(data: Tensor) -> Blocks:
-    rule(data.data_ptr() % 16 == 0, "data", "at a multiple of 16 bytes", data.data_ptr())
-    fits = data.dtype is torch.uint8 and data.dim() == 1 and data.is_contiguous()
-    rule(fits, "data", "contiguous (n,) uint8", f"{tuple(data.shape)} {data.dtype}")
+    _is_bytes(data)
     head = _head(data[:_SPACE].cpu().numpy())
     form = _form(head)
     stored, lengths = _lengths(head, form)

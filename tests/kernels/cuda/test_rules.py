@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels.cuda import blob, entries, expand, few, linear, pack
-from kernels.cuda.blocks import Blocks
+from kernels.cuda.blocks import EIGHT, LINEAR, Blocks, Form
 
 
 def packed(rows: int, columns: int, side: int, kept: float) -> Blocks:
@@ -58,6 +58,9 @@ def test_blocks_of_few_tokens() -> None:
 def test_zeros_anywhere(
     rows: int, columns: int, kept: float, by_entries: bool, by_tiles: tuple[bool, bool]
 ) -> None:
-    blocks = packed(rows, columns, 1, kept)
+    counts = torch.empty(int(kept * rows * columns) // 8 * EIGHT, device="meta")
+    starts, some = torch.empty(rows + 1), torch.empty(2)
+    whole = ((rows, columns), starts, counts, some, True, some, some, 16, some, None)
+    blocks = Blocks(Form(LINEAR), rows, columns, *whole)
     assert blocks.has_entries and entries.pays(blocks) == by_entries
     assert tuple(expand.pays(blocks, torch.empty(n, columns)) for n in (16, 32)) == by_tiles

@@ -1,0 +1,25 @@
+import pytest
+
+from scripts import bench_kernels, kernels_on_gpu
+
+
+def test_drawn_cases_are_the_same_in_every_run_and_divide_into_their_blocks() -> None:
+    cases = list(kernels_on_gpu.drawn(200, tuned=True))
+    assert cases == list(kernels_on_gpu.drawn(200, tuned=True)) and len(set(map(str, cases))) > 180
+    for case in cases:
+        if isinstance(case, kernels_on_gpu.Linear):
+            assert case.rows % case.block == case.columns % case.block == 0
+            assert case.tuned and not case.with_peers
+        else:
+            assert case.channels % case.block == 0 and case.tuned
+    kinds = {type(case) for case in cases}
+    assert kinds == {kernels_on_gpu.Linear, kernels_on_gpu.Conv2d}
+
+
+@pytest.mark.parametrize("given", [["--drawn", "3"], ["--device", "cuda", "--tuned"]])
+def test_what_does_not_go_together_is_refused(
+    given: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        bench_kernels.main(given)
+    assert "--drawn goes with --device cuda, and --tuned with --drawn" in capsys.readouterr().err

@@ -94,7 +94,7 @@ def linear(
         tensor_map(y, STORED, STEP),
     )
     numbers = (lines, tiles, blocks.channels // STEP)
-    at_once = torch.cuda.get_device_properties(x.device).multi_processor_count // team
+    at_once = max(1, torch.cuda.get_device_properties(x.device).multi_processor_count // team)
     grid = (team * min(at_once, lines // team * tiles), 1)
     kernel.launch(grid, THREADS, (blocks.halves[count:], bias), numbers, _SHARED, maps)
     return y

@@ -44,7 +44,8 @@ DEVICE void load_for_all(u32 to, const Map& from, int column, int row, u32 barri
                ::"r"(to), "l"(&from), "r"(column), "r"(row), "r"(barrier), "h"((u16)3) : "memory");
 }
 // this warp has read a stage: whoever of the team loads into it may go on. Without .release.cluster, which would wait for all
-// that the warp ever asked of memory: wgmma has read what there was, and nothing was written
+// that the warp ever asked of memory: wgmma has read what there was (words were in registers before it), and nothing was
+// written
 DEVICE void release(u32 barrier, int rank) {
   if (threadIdx.x % 32) return;
   arrive(barrier);

@@ -96,7 +96,7 @@ def _plan(blocks: Blocks, x: Tensor, team: int) -> Tensor:
     held = blocks.plans.get(key, [])
     if key in blocks.planned or torch.cuda.is_current_stream_capturing():
         return held[-1]
-    at_once = torch.cuda.get_device_properties(x.device).multi_processor_count // team
+    at_once = max(1, torch.cuda.get_device_properties(x.device).multi_processor_count // team)
     near = max(1, min(8, _NEAR // (2 * TOKENS * blocks.channels)) // team)
     steps = (blocks.starts.diff() * (blocks.block[1] // STEP)).tolist()
     shares = share_out(steps, tiles, at_once, near)

@@ -40,7 +40,7 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> No
 @on_hopper
 @pytest.mark.parametrize("width", [64, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("tokens", [1, 63, 256, 257, 1000])
+@pytest.mark.parametrize("tokens", [1, 63, 256, 257, 600, 1000])
 def test_ragged_tokens(tokens: int, dtype: torch.dtype, width: int) -> None:
     torch.manual_seed(tokens)
     weight = masked(640, 896, (128, width), 0.3, dtype)

@@ -152,6 +152,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tuned", action="store_true", help="them by kernels.tune")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
+    if args.drawn < 0:
+        parser.error(f"--drawn must not be negative, got {args.drawn}")
     if (args.drawn and args.device != "cuda") or (args.tuned and not args.drawn):
         parser.error("--drawn goes with --device cuda, and --tuned with --drawn")
     return args

@@ -185,7 +185,12 @@ def cases(sparsities: Sequence[float]) -> Iterator[Linear | Conv2d]:
 
 
 def drawn(count: int, tuned: bool) -> Iterator[Linear | Conv2d]:
-    """Cases of any shape and share, the same in every run, without peers; tuned as by nas.pack."""
+    """Cases of any shape and share, the same in every run, without peers.
+
+    Args:
+        count: how many.
+        tuned: whether kernels are measured first (`kernels.tune`), not taken by a rule of thumb.
+    """
     draw = random.Random(0)
     for _ in range(count):
         block, sparsity = draw.choice(BLOCKS), draw.choice(SHARES)

@@ -1,4 +1,4 @@
-"""What all tests have: no times that were measured before, and an interrupt that is heard."""
+"""What all tests have: no times measured before, none that outlive them; interrupts are heard."""
 
 import os
 import signal

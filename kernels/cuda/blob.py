@@ -123,7 +123,8 @@ def validate(data: Tensor, meta: dict[str, Any]) -> None:
     head, found = _head(raw), _checksum(raw)
     rule(head["crc"] == found, "checksum", f"{found:#010x}", head["crc"])
     _lengths(head, _form(head))
-    _agree(meta, meta_of(data, meta.get("pattern", "")))  # before a size from there is believed
+    said = meta_of(data, "") | {"pattern": meta.get("pattern")}
+    _agree(meta, said)  # before memory is taken for a size that the description does not have
     blocks = read(data)
     matrix = unpack(blocks)
     nonzeros = int(matrix.count_nonzero())

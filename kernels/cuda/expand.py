@@ -41,8 +41,8 @@ def pays(blocks: Blocks, x: Tensor) -> bool:
 def plan(blocks: Blocks, x: Tensor) -> Plan | None:
     """What was fastest on an H200 for such tiles, or less where shared memory is less."""
     plans, room = [Plan(16, 2), Plan(8, 2), Plan(4, 2)], most_shared(x.device.index)
-    if len(x) <= 16:  # the sums of more would not fit into registers
-        plans.insert(0, Plan(24, 2))
+    if len(x) <= 8 or (len(x) <= 16 and blocks.rows > 2048):
+        plans.insert(0, Plan(24, 2))  # of more tokens the sums would not fit into registers
     return next((how for how in plans if _shared(blocks, how, len(x)) <= room), None)
 
 

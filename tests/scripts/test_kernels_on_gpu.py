@@ -16,10 +16,17 @@ def test_drawn_cases_are_the_same_in_every_run_and_divide_into_their_blocks() ->
     assert kinds == {kernels_on_gpu.Linear, kernels_on_gpu.Conv2d}
 
 
-@pytest.mark.parametrize("given", [["--drawn", "3"], ["--device", "cuda", "--tuned"]])
+@pytest.mark.parametrize(
+    ("given", "law"),
+    [
+        (["--drawn", "3"], "--drawn goes with --device cuda, and --tuned with --drawn"),
+        (["--device", "cuda", "--tuned"], "--drawn goes with --device cuda"),
+        (["--device", "cuda", "--drawn", "-3"], "--drawn must not be negative, got -3"),
+    ],
+)
 def test_what_does_not_go_together_is_refused(
-    given: list[str], capsys: pytest.CaptureFixture[str]
+    given: list[str], law: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
         bench_kernels.main(given)
-    assert "--drawn goes with --device cuda, and --tuned with --drawn" in capsys.readouterr().err
+    assert law in capsys.readouterr().err

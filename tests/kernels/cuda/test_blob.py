@@ -192,6 +192,16 @@ def test_spoiled_bytes_are_refused(place: int, value: int, block: tuple[int, int
         blob.validate(data, packed.meta)
 
 
+def test_a_header_of_another_size_is_refused_before_it_is_unpacked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    packed = pack.pack_linear(masked(64, 96, (16, 32), torch.bfloat16))
+    packed.data[30] = 255  # millions of columns
+    monkeypatch.setattr(blob, "read", pytest.fail)
+    with pytest.raises(ValueError, match=r"meta shape must be \[64, 16711776\], got \[64, 96\]"):
+        blob.validate(packed.data, packed.meta)
+
+
 @pytest.mark.parametrize(
     ("block", "part", "at", "value", "rule"),
     [

@@ -58,9 +58,26 @@ def test_blocks_of_few_tokens() -> None:
 def test_zeros_anywhere(
     rows: int, columns: int, kept: float, by_entries: bool, by_tiles: tuple[bool, bool]
 ) -> None:
+    blocks = anywhere(rows, columns, kept)
+    assert blocks.has_entries and entries.pays(blocks) == by_entries
+    assert tuple(expand.pays(blocks, torch.empty(n, columns)) for n in (16, 32)) == by_tiles
+
+
+def anywhere(rows: int, columns: int, kept: float, room: int = 0) -> Blocks:
     counts = torch.empty(int(kept * rows * columns) // 8 * EIGHT, device="meta")
     starts, some = torch.empty(rows + 1), torch.empty(2)
     whole = ((rows, columns), starts, counts, some, True, some, some, 16, some, None)
-    blocks = Blocks(Form(LINEAR), rows, columns, *whole)
-    assert blocks.has_entries and entries.pays(blocks) == by_entries
-    assert tuple(expand.pays(blocks, torch.empty(n, columns)) for n in (16, 32)) == by_tiles
+    return Blocks(Form(LINEAR), rows, columns, *whole, room=room)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows", "room", "warps"),
+    [(8, 2048, 2000, 24), (16, 2048, 2000, 16), (16, 4096, 2000, 24), (32, 4096, 2000, 16)]
+    + [(1, 4096, 6000, 16)],  # shared memory has no room for more
+)
+def test_warps_of_tiles(
+    tokens: int, rows: int, room: int, warps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(expand, "most_shared", lambda _: 232_448)
+    how = expand.plan(anywhere(rows, 4096, 0.2, room), torch.empty(tokens, 4096))
+    assert how is not None and how.warps == warps

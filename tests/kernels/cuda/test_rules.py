@@ -72,8 +72,13 @@ def anywhere(rows: int, columns: int, kept: float, room: int = 0) -> Blocks:
 
 @pytest.mark.parametrize(
     ("tokens", "rows", "room", "warps"),
-    [(8, 2048, 2000, 24), (16, 2048, 2000, 16), (16, 4096, 2000, 24), (32, 4096, 2000, 16)]
-    + [(1, 4096, 6000, 16)],  # shared memory has no room for more
+    [
+        (8, 2048, 2000, 24),
+        (16, 2048, 2000, 16),
+        (16, 4096, 2000, 24),
+        (32, 4096, 2000, 16),
+        (1, 4096, 6000, 16),  # shared memory has no room for more
+    ],
 )
 def test_warps_of_tiles(
     tokens: int, rows: int, room: int, warps: int, monkeypatch: pytest.MonkeyPatch

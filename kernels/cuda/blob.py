@@ -213,8 +213,8 @@ def _parse(data: Tensor) -> Blocks:
     whole = kind in (DENSE, ENTRIES)
     may = 2 * int(head["nonzeros"]) <= rows * channels  # be two of every four
     plain = whole and may and form.taps == form.groups == 1
-    semi = two_of_four.compressed(values) if plain else None
     half = halves.compressed(values) if plain else None
+    semi = two_of_four.compressed(values) if plain and half is None else None
     sizes = (form, rows, channels, (height, width))
     tiled = (tiles, pairs, int(head["tile_rows"]))
     blocks = Blocks(*sizes, starts, columns, values, whole, *tiled, order, semi)

@@ -73,12 +73,11 @@ class Blocks:
         order: (rows / block rows,) int32, rows of blocks, longest first, or int64 the rows that
             are kept of a channel pattern; made when read.
         two_of_four: the weight as cuSPARSELt wants it where two of every four along a row are kept
-            at most and the whole is stored, or None; made when read.
+            at most, the whole is stored and it has no `halves`, or None; made when read.
         longest: most blocks of a row of blocks; found when read.
         room: bytes of the largest tile; found when read.
-        halves: the weight as halves.cu wants it in the same case, or None; made when read.
-        plans: which tiles thread blocks of hopper.cu take, by how many tiles of tokens there are
-            and how many thread blocks share them;
+        halves: the weight as halves.cu wants it where it reads that, or None; made when read.
+        plans: which tiles thread blocks of hopper.cu take, by how many tiles of tokens there are;
             made when needed. Of a weight that is written over they stay right, for a graph too.
         planned: which of them were made for these blocks.
         whole: (rows, channels): `values` of a dense weight; of blocks what they unpack to, where
@@ -102,8 +101,8 @@ class Blocks:
     room: int = 0
     whole: Tensor | None = None
     halves: Tensor | None = None
-    plans: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
-    planned: set[tuple[int, int]] = field(default_factory=set)
+    plans: dict[int, list[Tensor]] = field(default_factory=dict)
+    planned: set[int] = field(default_factory=set)
 
     @property
     def has_entries(self) -> bool:

@@ -71,7 +71,7 @@ halves(const __grid_constant__ Map xs, const __grid_constant__ Map ws, const __g
       multiply_halves<1>(c, w + 2, x + 4, now, 1);
       end_products();
       wait_for_products<1>();
-      if (step) release(before, rank);
+      if (step) release(before);
       before = base + EMPTY + 8 * stage;
       advance();
     };
@@ -82,7 +82,7 @@ halves(const __grid_constant__ Map xs, const __grid_constant__ Map ws, const __g
     }
     for (int step = PIECES; step < steps; ++step) multiply(step);
     wait_for_products<0>();
-    release(before, rank);
+    release(before);
     keep(sums, c, low, high, row + part * 64, first);
   }
   if (sums.token >= 0) {

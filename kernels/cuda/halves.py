@@ -13,7 +13,8 @@ _SHARED = (
     _STAGES * ((TOKENS + ROWS // 2) * LINE + _WORDS) + 4 * STORED * LINE + 16 * _STAGES + 1024
 )
 _LEAST = 4 * STEP  # columns
-_MANY = 1024  # tokens from which it was faster than dense
+_MANY, _FULL = 512, 3 * 2**20  # tokens and results, from which it was faster than dense
+_LARGE = 2**25  # weights from which two thread blocks that share x are faster
 
 
 def compressed(weight: Tensor) -> Tensor | None:
@@ -67,7 +68,7 @@ def takes(blocks: Blocks, x: Tensor) -> bool:
 
 def pays(blocks: Blocks, x: Tensor) -> bool:
     """Whether it was faster than dense, by a rule of thumb."""
-    return len(x) >= _MANY
+    return len(x) >= _MANY and len(x) * blocks.rows >= _FULL
 
 
 def linear(
@@ -78,7 +79,8 @@ def linear(
     count = blocks.rows * blocks.channels // 4  # words of two
     kept = blocks.halves[:count].view(x.dtype).view(blocks.rows, -1)
     lines, tiles = blocks.rows // ROWS, -(-len(x) // TOKENS)
-    team = team or (2 if lines % 2 == 0 else 1)
+    shares = lines % 2 == 0 and blocks.rows * blocks.channels >= _LARGE
+    team = team or 1 + shares
     y = x.new_empty(len(x), blocks.rows)
     defines = (
         ("TEAM", team),

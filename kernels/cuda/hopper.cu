@@ -7,11 +7,11 @@
 // the first products of the next tile.
 //
 // Which tiles a thread block takes was planned ahead: a line of `plan` for each, of numbers that count all lines of the
-// first tokens first, and -1 where they end. Thread blocks of a TEAM (a cluster) take the same line at tokens one behind the
-// other, as if they were one tile, and each brings a part of w. Sums have one order: bit-equal in every run.
+// first tokens first, and -1 where they end. Sums have one order: bit-equal in every run.
 //
-// Given: BC, TEAM (1 or 2), STAGES, BIAS (whether there is one), ACT (activation), BF16.
+// Given: BC, STAGES, BIAS (whether there is one), ACT (activation), BF16.
 
+#define TEAM 1
 #define W_LINE 128
 #define K_BYTES 0
 #include "hopper.cuh"
@@ -20,14 +20,13 @@ constexpr int SIDES = BC / STEP, AHEAD = 3;
 
 struct Tile { int number, begin, end, column; };  // of a tile, its blocks, and a lane's of their columns
 
-extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
 hopper(const __grid_constant__ Map xs, const __grid_constant__ Map ws, const __grid_constant__ Map ys, const int* plan,
        const int* starts, const int* columns, const float* bias, int lines, int waves) {
   extern __shared__ uint4 memory[];
   const u32 base = ((u32)__cvta_generic_to_shared(memory) + 1023) & ~1023u;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int rank = blockIdx.x % TEAM;
-  plan += blockIdx.x / TEAM * waves;
+  plan += blockIdx.x * waves;
   begin(base);
   // what lists say of a tile is asked for some tiles ahead, each thing once that is here which it depends on
   Tile next[AHEAD + 1];
@@ -59,7 +58,7 @@ hopper(const __grid_constant__ Map xs, const __grid_constant__ Map ws, const __g
     take_few_registers();
     if (warp > WARPS) return;
     for (int wave = 0; next[0].number >= 0; turn(wave), ++wave) {
-      const int token = (next[0].number / lines * TEAM + rank) * TOKENS;
+      const int token = next[0].number / lines * TOKENS;
       int held = next[0].column;
       for (int i = next[0].begin; i < next[0].end; ++i) {
         const int back = (i - next[0].begin) % 32;
@@ -71,14 +70,12 @@ hopper(const __grid_constant__ Map xs, const __grid_constant__ Map ws, const __g
             const u32 full = base + FULL + 8 * stage, to = base + stage * STAGE;
             wait(base + EMPTY + 8 * stage, phase ^ 1);
             expect(full, STAGE);
-            load_for_all(to + X_BYTES + rank * (W_BYTES / TEAM), ws, side * STEP, i * ROWS + rank * (ROWS / TEAM), full);
+            load(to + X_BYTES, ws, side * STEP, i * ROWS, full);
             load(to, xs, from + side * STEP, token, full);
           }
         __syncwarp();
       }
     }
-    __syncwarp();
-    meet();
     return;
   }
   take_many_registers();
@@ -86,7 +83,7 @@ hopper(const __grid_constant__ Map xs, const __grid_constant__ Map ws, const __g
   const u32 staged = base + STAGES * STAGE + part * 2 * Y_BYTES;
   Written sums;
   for (int wave = 0; next[0].number >= 0; turn(wave), ++wave) {
-    const int row = next[0].number % lines * ROWS, first = (next[0].number / lines * TEAM + rank) * TOKENS;
+    const int row = next[0].number % lines * ROWS, first = next[0].number / lines * TOKENS;
     const int steps = (next[0].end - next[0].begin) * SIDES;
     const float low = BIAS ? bias[row + mine] : 0.f, high = BIAS ? bias[row + mine + 8] : 0.f;
     float c[128];
@@ -104,7 +101,7 @@ hopper(const __grid_constant__ Map xs, const __grid_constant__ Map ws, const __g
       for (int k = 0; k < 4; ++k) multiply_by_group(c, w + 2 * k, x + 2 * k, step + k);
       end_products();
       wait_for_products<1>();
-      if (step) release(before, rank);
+      if (step) release(before);
       before = base + EMPTY + 8 * stage;
       advance();
     };
@@ -115,7 +112,7 @@ hopper(const __grid_constant__ Map xs, const __grid_constant__ Map ws, const __g
     }
     for (int step = PIECES; step < steps; ++step) multiply(step);
     wait_for_products<0>();
-    if (steps) release(before, rank);
+    if (steps) release(before);
     keep(sums, c, low, high, row + part * 64, first);
   }
   if (sums.token >= 0) {
@@ -123,6 +120,4 @@ hopper(const __grid_constant__ Map xs, const __grid_constant__ Map ws, const __g
     for (int piece = 0; piece < PIECES; ++piece) write(sums, piece, ys, staged, part);
   }
   if (threadIdx.x % 128 == 0) wait_until_written();
-  __syncwarp();
-  meet();
 }

@@ -46,12 +46,12 @@ DEVICE void load_for_all(u32 to, const Map& from, int column, int row, u32 barri
 // this warp has read a stage: whoever of the team loads into it may go on. Without .release.cluster, which would wait for all
 // that the warp ever asked of memory: wgmma has read what there was (words were in registers before it), and nothing was
 // written
-DEVICE void release(u32 barrier, int rank) {
+DEVICE void release(u32 barrier) {
   if (threadIdx.x % 32) return;
   arrive(barrier);
   if (TEAM > 1)
     asm volatile("{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; "
-                 "mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::"r"(barrier), "r"(rank ^ 1) : "memory");
+                 "mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::"r"(barrier), "r"(blockIdx.x % 2 ^ 1) : "memory");
 }
 DEVICE void meet() {
   if (TEAM > 1) asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");

@@ -19,7 +19,6 @@ _SHARED = _STAGES * (TOKENS + ROWS) * LINE + 4 * STORED * LINE + 16 * _STAGES + 
 _ENDING = 2  # steps that beginning and ending a tile take as long as
 _ROUND = 8  # tiles of a thread block are planned as a multiple of this, so that plans are alike
 _NEAR = 2**24  # bytes of x that stay in the second-level cache beside weights and results
-_EVEN = 16  # tiles of tokens, from which one more without any costs little
 _PLANNED = 2**17  # tiles, of which a plan takes a twentieth of a second
 _MANY, _LARGE = 1024, 2**36  # tokens, and multiply-adds of dense, from which it beat many.py
 
@@ -38,7 +37,7 @@ def takes(blocks: Blocks, x: Tensor) -> bool:
         return False
     here: Any = torch.cuda.device_of
     with here(x):
-        known = (_tiles(x), _team(x)) in blocks.plans
+        known = _tiles(x) in blocks.plans
         return known or not torch.cuda.is_current_stream_capturing()
 
 
@@ -49,15 +48,11 @@ def pays(blocks: Blocks, x: Tensor) -> bool:
     return len(x) >= _MANY and products >= _LARGE and tiles <= _PLANNED
 
 
-def linear(
-    blocks: Blocks, x: Tensor, bias: Tensor | None, activation: int, team: int | None = None
-) -> Tensor:
+def linear(blocks: Blocks, x: Tensor, bias: Tensor | None, activation: int) -> Tensor:
     """Gives y (tokens, rows) of x (tokens, channels), contiguous; bias float32."""
-    team = team or _team(x)
-    y, shared_out = x.new_empty(len(x), blocks.rows), _plan(blocks, x, team)
+    y, shared_out = x.new_empty(len(x), blocks.rows), _plan(blocks, x)
     defines = (
         ("BC", blocks.block[1]),
-        ("TEAM", team),
         ("STAGES", _STAGES),
         ("BIAS", int(bias is not None)),
         ("ACT", activation),
@@ -66,13 +61,13 @@ def linear(
     kernel = function("hopper.cu", "hopper", x.device.index, defines, dynamic=True)
     maps = (
         tensor_map(x, TOKENS, STEP),
-        tensor_map(blocks.values.view(-1, blocks.block[1]), ROWS // team, STEP),
+        tensor_map(blocks.values.view(-1, blocks.block[1]), ROWS, STEP),
         tensor_map(y, STORED, STEP),
     )
     tensors = (shared_out, blocks.starts, blocks.columns, bias)
-    teams, waves = shared_out.shape
+    count, waves = shared_out.shape
     numbers = (blocks.rows // ROWS, waves)
-    kernel.launch((team * teams, 1), THREADS, tensors, numbers, _SHARED, maps)
+    kernel.launch((count, 1), THREADS, tensors, numbers, _SHARED, maps)
     return y
 
 
@@ -81,23 +76,18 @@ def _tiles(x: Tensor) -> int:
     return -(-len(x) // TOKENS)
 
 
-def _team(x: Tensor) -> int:
-    """How many thread blocks share tiles of the weight: two, if few of them have no tokens."""
-    return 2 if _tiles(x) % 2 == 0 or _tiles(x) > _EVEN else 1
-
-
-def _plan(blocks: Blocks, x: Tensor, team: int) -> Tensor:
-    """Which tiles each team of thread blocks takes, (teams, most of one) int32; made once.
+def _plan(blocks: Blocks, x: Tensor) -> Tensor:
+    """Which tiles each thread block takes, (thread blocks, most of one) int32; made once.
 
     Making it waits for the device; while a graph is captured one of a weight that was written over
     serves, less evenly.
     """
-    key, tiles = (_tiles(x), team), -(-_tiles(x) // team)
-    held = blocks.plans.get(key, [])
-    if key in blocks.planned or torch.cuda.is_current_stream_capturing():
+    tiles = _tiles(x)
+    held = blocks.plans.get(tiles, [])
+    if tiles in blocks.planned or torch.cuda.is_current_stream_capturing():
         return held[-1]
-    at_once = max(1, torch.cuda.get_device_properties(x.device).multi_processor_count // team)
-    near = max(1, min(8, _NEAR // (2 * TOKENS * blocks.channels)) // team)
+    at_once = torch.cuda.get_device_properties(x.device).multi_processor_count
+    near = max(1, min(8, _NEAR // (2 * TOKENS * blocks.channels)))
     steps = (blocks.starts.diff() * (blocks.block[1] // STEP)).tolist()
     shares = share_out(steps, tiles, at_once, near)
     waves = -(-max(map(len, shares)) // _ROUND) * _ROUND
@@ -107,8 +97,8 @@ def _plan(blocks: Blocks, x: Tensor, team: int) -> Tensor:
         if held and held[-1].shape == made.shape:
             held[-1].copy_(made)
         else:
-            blocks.plans[key] = held = [*held, made.to(x.device)]
-    blocks.planned.add(key)
+            blocks.plans[tiles] = held = [*held, made.to(x.device)]
+    blocks.planned.add(tiles)
     return held[-1]
 
 

@@ -13,6 +13,7 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
 ]
 OTHER = "cuda:1"
+NOT_9 = torch.cuda.device_count() < 2 or torch.cuda.get_device_capability(OTHER) != (9, 0)
 
 
 def masked(rows: int, channels: int, block: int, share: float) -> Tensor:
@@ -31,17 +32,16 @@ def assert_near(y: Tensor, true: Tensor) -> None:
     ("tokens", "size", "block", "kernel"),
     [
         (16, 512, 64, "few"),
-        (300, 512, 64, "many"),
+        (2048, 2048, 64, "many"),
         (8192, 4096, 128, "hopper"),
-        (1, 512, 1, "entries"),
+        (1, 4096, 1, "entries"),
         (16, 512, 1, "expand"),
         (300, 512, 1, "dense"),
-        (2048, 4096, 2, "two_of_four"),
-        (1024, 1024, 2, "halves"),
+        (2048, 4096, 2, "two_of_four" if NOT_9 else "halves"),
     ],
 )
 def test_kernels_of_another_device(tokens: int, size: int, block: int, kernel: str) -> None:
-    if kernel in ("hopper", "halves") and torch.cuda.get_device_capability(OTHER) != (9, 0):
+    if kernel == "hopper" and NOT_9:
         pytest.skip("needs a CUDA device of 9.0")
     weight = masked(size, size, max(1, block), 0.2)
     if block == 2:
@@ -49,9 +49,7 @@ def test_kernels_of_another_device(tokens: int, size: int, block: int, kernel: s
         weight = weight.reshape(size, size) / size**0.5
     x = torch.randn(tokens, size, device=OTHER).bfloat16()
     packed = kernels.pack_linear(weight)
-    if kernel != "two_of_four":  # where there is another one it is not the first
-        assert linear.chosen(blob.read(packed.data), x) == kernel
-    assert linear.takes(kernel, blob.read(packed.data), x)
+    assert linear.chosen(blob.read(packed.data), x) == kernel
     true = F.linear(x.double(), weight.double())
     for _ in range(2):
         assert_near(torch.ops.sparse_nas.sparse_linear(x, packed.data, None, size), true)
@@ -59,14 +57,14 @@ def test_kernels_of_another_device(tokens: int, size: int, block: int, kernel: s
 
 
 def test_a_convolution_on_another_device() -> None:
-    weight = masked(128, 128, 64, 0.6).view(128, 128, 1, 1).repeat(1, 1, 3, 3)
-    x = torch.randn(4, 128, 14, 14, device=OTHER).bfloat16()
+    weight = masked(256, 256, 64, 0.3).view(256, 256, 1, 1).repeat(1, 1, 3, 3)
+    x = torch.randn(4, 256, 14, 14, device=OTHER).bfloat16()
     packed = kernels.pack_conv2d(weight)
     walk = ((1, 1), (1, 1), (1, 1))
     true = F.conv2d(x.double(), weight.double(), None, *walk)
-    y = torch.ops.sparse_nas.sparse_conv2d(x, packed.data, None, 128, (3, 3), *walk, 1)
+    y = torch.ops.sparse_nas.sparse_conv2d(x, packed.data, None, 256, (3, 3), *walk, 1)
     assert_near(y, true)
-    assert {"implicit", "dense"} == kernels.tune(packed, x, padding=(1, 1)).keys()
+    assert "implicit" in kernels.tune(packed, x, padding=(1, 1))
 
 
 def test_training_on_another_device() -> None:

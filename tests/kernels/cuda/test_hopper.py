@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import kernels
 from kernels.cuda import blob, hopper, pack
-from kernels.cuda.linear import chosen
+from kernels.cuda.linear import chosen, compute
 from kernels.reference import activate
 from tests.kernels.cuda.test_linear import BOUND, masked
 
@@ -24,16 +24,15 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> No
     """Against float64 on what the kernel was given, twice: bit-equal."""
     blocks = blob.read(kernels.pack_linear(weight).data)
     assert hopper.takes(blocks, x)
-    wide, code = None if bias is None else bias.double(), ACTIVATIONS.index(activation)
+    compute("hopper", blocks, x, bias, activation)
+    poison = torch.full((len(x), len(weight)), float("nan"), dtype=x.dtype, device="cuda")
+    del poison  # the allocator gives its memory to y
+    y = compute("hopper", blocks, x, bias, activation)
+    wide = None if bias is None else bias.double()
     true = activate(F.linear(x.double(), weight.double(), wide), activation)
-    for team in (1, 2):
-        hopper.linear(blocks, x, bias, code, team)
-        poison = torch.full((len(x), len(weight)), float("nan"), dtype=x.dtype, device="cuda")
-        del poison  # the allocator gives its memory to y
-        y = hopper.linear(blocks, x, bias, code, team)
-        error = (y.double() - true).norm() / true.norm().clamp(min=1e-30)
-        assert not y.isnan().any() and error < BOUND[x.dtype], (team, float(error))
-        assert torch.equal(y, hopper.linear(blocks, x, bias, code, team))
+    error = (y.double() - true).norm() / true.norm().clamp(min=1e-30)
+    assert not y.isnan().any() and error < BOUND[x.dtype], float(error)
+    assert torch.equal(y, compute("hopper", blocks, x, bias, activation))
 
 
 @pytest.mark.gpu
@@ -117,13 +116,13 @@ def test_a_graph_outlives_a_weight_that_is_written_to() -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = linear(x, packed.data, None, 4096)
-    plan = blob.read(packed.data).plans[32, 2][-1]
+    plan = blob.read(packed.data).plans[32][-1]
     packed.data.copy_(other.data)
     blob.read(packed.data)
     filled = [torch.full_like(plan, -1) for _ in range(64)]  # where it would lie, were it freed
     graph.replay()
     assert torch.equal(y, linear(x, packed.data, None, 4096)) and len(filled) == 64
-    assert blob.read(packed.data).plans[32, 2][-1].data_ptr() == plan.data_ptr()
+    assert blob.read(packed.data).plans[32][-1].data_ptr() == plan.data_ptr()
 
 
 @pytest.mark.parametrize(
@@ -150,12 +149,10 @@ def test_plans_are_written_over(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.zeros(1024, 512).half()
     weight[:256, :256] = 1
     data, x = pack.pack_linear(weight).data, torch.empty(1000, 512)
-    first = hopper._plan(blob.read(data), x, 1)
-    of_two = hopper._plan(blob.read(data), x, 2)  # of two tiles of tokens each
-    assert of_two.shape == (3, 8) and sorted(of_two[of_two >= 0].tolist()) == list(range(16))
+    first = hopper._plan(blob.read(data), x)
     assert first.shape == (7, 8) and sorted(first[first >= 0].tolist()) == list(range(32))
     before = first.clone()
     data.copy_(pack.pack_linear(weight.roll(256, 0)).data)
-    again = hopper._plan(blob.read(data), x, 1)
+    again = hopper._plan(blob.read(data), x)
     assert again is first and not torch.equal(again, before)
-    assert len(blob.read(data).plans[4, 1]) == 1 and blob._met[data][2] == []
+    assert len(blob.read(data).plans[4]) == 1 and blob._met[data][2] == []

@@ -1,13 +1,17 @@
 """`torch.ops.sparse_nas.block_conv2d` and its gradients on a GPU: Triton's kernels, or PyTorch."""
 
+from collections.abc import Sequence
+from math import prod
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from kernels.block_conv2d import reference
-from kernels.block_index import BlockIndex
+from kernels.block_index import BlockIndex, flat, unflat
 from kernels.cuda import block_linear, linear
-from kernels.cuda.conv2d import aligned, images, pixels
-from kernels.cuda.rounding import precision
+from kernels.cuda.conv2d import aligned, empty, images, pixels
+from kernels.cuda.rounding import narrowed, precision
 from kernels.window import Pair, Window
 
 ONE = (1, 1)
@@ -22,8 +26,11 @@ def forward(
     last, out = aligned(x), (len(x), index.out_features, *window.out(x.shape[2:]))
     if window.of_pixels:
         return images(block_linear.forward(pixels(last), values, bias, index), out)
-    from kernels.cuda import implicit, many  # not at the top: Triton comes where it is needed
+    from kernels.cuda import implicit, many, whole  # not at the top: Triton comes where needed
 
+    if not _pays(index, x.dtype, out):
+        weight = unflat(whole.matrix_of(values, index), window.kernel)
+        return aligned(F.conv2d(last, weight, bias, *window.pairs))
     walk = many.by_rows(index, linear.aligned(values))
     bias = None if bias is None else bias.contiguous()
     with torch.cuda.device(x.device):
@@ -45,12 +52,15 @@ def input_grad(
         found = block_linear.input_grad(pixels(aligned(grad)), values, index)
         small = images(found, (*out[:2], *grad.shape[2:]))
         return spread(small, window.stride, size)
-    from kernels.cuda import implicit, many
+    from kernels.cuda import implicit, many, whole
 
+    if not _pays(index, grad.dtype, grad.shape):
+        weight = unflat(whole.matrix_of(values, index), window.kernel)
+        return aligned(_dense_gradient(aligned(grad), empty(grad, out), weight, window, 0))
     turned = turned_window(window)
-    whole = Window(window.kernel, ONE, window.padding, window.dilation).out(size)
+    full = Window(window.kernel, ONE, window.padding, window.dilation).out(size)
     last, walk = (
-        aligned(spread(grad, window.stride, whole)),
+        aligned(spread(grad, window.stride, full)),
         many.by_columns(index, linear.aligned(values)),
     )
     with torch.cuda.device(grad.device):
@@ -63,11 +73,37 @@ def weight_grad(grad: Tensor, x: Tensor, index: BlockIndex, window: Window) -> T
         return reference.weight_grad(grad, x, index, window)
     if window.of_pixels:
         return block_linear.weight_grad(pixels(aligned(grad)), pixels(aligned(x)), index)
-    from kernels.cuda import sampled_conv2d
+    from kernels.cuda import sampled_conv2d, whole
 
+    if not _pays(index, x.dtype, grad.shape, of_weight=True):
+        weight = empty(grad, (index.out_features, index.channels, *window.kernel))
+        found = _dense_gradient(aligned(grad), aligned(x), weight, window, 1)
+        return whole.blocks_of(flat(found), index)
     given = (index, aligned(grad), aligned(x), window)
     with torch.cuda.device(x.device):
         return sampled_conv2d.weight_grad(*given, precision=precision())
+
+
+def _pays(
+    index: BlockIndex, dtype: torch.dtype, out: Sequence[int], of_weight: bool = False
+) -> bool:
+    """Whether our kernels are faster than PyTorch's, or that would round otherwise."""
+    if narrowed(dtype, True) not in ("", "matmul conv"):
+        return True
+    return block_linear.pays(index, dtype, prod(out) // out[1], of_weight)
+
+
+def _dense_gradient(grad: Tensor, x: Tensor, weight: Tensor, window: Window, which: int) -> Tensor:
+    """PyTorch's gradient of x (0) or of the weight (1), its sums in one order."""
+    wanted = [which == 0, which == 1, False]
+    cudnn, before = torch.backends.cudnn, torch.backends.cudnn.deterministic
+    cudnn.deterministic = True
+    try:
+        how = (None, *map(list, window.pairs), False, [0, 0], 1, wanted)
+        found: Tensor = torch.ops.aten.convolution_backward(grad, x, weight, *how)[which]
+    finally:
+        cudnn.deterministic = before
+    return found
 
 
 def turned_window(window: Window) -> Window:
@@ -81,7 +117,6 @@ def spread(x: Tensor, stride: Pair, size: Pair) -> Tensor:
     """Images (N, C, *size), channels last: x at every stride, zeros elsewhere."""
     if stride == ONE:
         return x
-    shape, last = (*x.shape[:2], *size), torch.channels_last
-    wide = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=last).zero_()
+    wide = empty(x, (*x.shape[:2], *size)).zero_()
     wide[:, :, :: stride[0], :: stride[1]] = x
     return wide

@@ -44,7 +44,7 @@ def run(
     _check(x, blocks, out_channels, window.kernel, groups)
     linear.check("sparse_conv2d", x, blocks, bias)
     if not out[0]:
-        return _empty(x, out)
+        return empty(x, out)
     last, added = x.contiguous(memory_format=torch.channels_last), None
     if residual is not None:
         check_residual("sparse_conv2d", residual, x, out)
@@ -169,8 +169,10 @@ def aligned(x: Tensor) -> Tensor:
     return x.clone() if x.data_ptr() % 16 else x
 
 
-def _empty(x: Tensor, out: tuple[int, ...]) -> Tensor:
-    return torch.empty(out, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+def empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Images of this shape, channels last, of whatever memory held."""
+    last = torch.channels_last
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=last)
 
 
 def _check(

@@ -3,15 +3,15 @@
 //
 // As hopper.cu, but that all lines of tiles are alike: a thread block takes one tile of every so many. wgmma.sp multiplies 64
 // rows by 32 columns of which half are there; which ones says a word of each lane for 64 columns, which comes beside them.
-// Thread blocks of a TEAM (a cluster) take lines one behind the other at the same tokens, and each brings a part of x for all.
 //
 // A word: eight times four bits, the places of two columns among four; of lane l for its warp's 16 rows: of row l / 4 for
 // columns (l % 4) * 16 and on in the lower half, of the row 8 on in the upper.
 //
-// Given: TEAM (1 or 2), STAGES, BIAS (whether there is one), ACT (activation), BF16.
+// Given: STAGES, BIAS (whether there is one), ACT (activation), BF16.
 
 #define W_LINE 64
 #define K_BYTES 1024
+#define PIECE 32
 #include "hopper.cuh"
 
 DEVICE void load_words(u32 to, const u32* from, u32 barrier) {
@@ -19,13 +19,15 @@ DEVICE void load_words(u32 to, const u32* from, u32 barrier) {
                ::"r"(to), "l"(from), "n"(K_BYTES), "r"(barrier) : "memory");
 }
 
-extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, 1)
+constexpr int BESIDE = PIECES / 4;  // pieces that are written beside one step
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
 halves(const __grid_constant__ Map xs, const __grid_constant__ Map ws, const __grid_constant__ Map ys, const u32* kinds,
        const float* bias, int lines, int tiles, int steps) {
   extern __shared__ uint4 memory[];
   const u32 base = ((u32)__cvta_generic_to_shared(memory) + 1023) & ~1023u;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int rank = blockIdx.x % TEAM, teams = gridDim.x / TEAM, across = lines / TEAM, all = across * tiles;
+  const int all = lines * tiles;
   begin(base);
   int stage = 0;
   u32 phase = 0;
@@ -36,27 +38,25 @@ halves(const __grid_constant__ Map xs, const __grid_constant__ Map ws, const __g
     take_few_registers();
     if (warp > WARPS) return;
     if (lane == 0)
-      for (int tile = blockIdx.x / TEAM; tile < all; tile += teams) {
-        const int row = (tile % across * TEAM + rank) * ROWS, token = tile / across * TOKENS + rank * (TOKENS / TEAM);
+      for (int tile = blockIdx.x; tile < all; tile += gridDim.x) {
+        const int row = tile % lines * ROWS, token = tile / lines * TOKENS;
         for (int step = 0; step < steps; ++step, advance()) {
           const u32 full = base + FULL + 8 * stage, to = base + stage * STAGE;
           wait(base + EMPTY + 8 * stage, phase ^ 1);
           expect(full, STAGE);
           load(to + X_BYTES, ws, step * (STEP / 2), row, full);
           load_words(to + X_BYTES + W_BYTES, kinds + ((long long)row / ROWS * steps + step) * (K_BYTES / 4), full);
-          load_for_all(to + rank * (X_BYTES / TEAM), xs, step * STEP, token, full);
+          load(to, xs, step * STEP, token, full);
         }
       }
-    __syncwarp();
-    meet();
     return;
   }
   take_many_registers();
   const int part = warp / 4, mine = part * 64 + warp % 4 * 16 + lane / 4;  // row, and that 8 on
   const u32 staged = base + STAGES * STAGE + part * 2 * Y_BYTES;
   Written sums;
-  for (int tile = blockIdx.x / TEAM; tile < all; tile += teams) {
-    const int row = (tile % across * TEAM + rank) * ROWS, first = tile / across * TOKENS;
+  for (int tile = blockIdx.x; tile < all; tile += gridDim.x) {
+    const int row = tile % lines * ROWS, first = tile / lines * TOKENS;
     const float low = BIAS ? bias[row + mine] : 0.f, high = BIAS ? bias[row + mine + 8] : 0.f;
     float c[128];
     u32 before = 0;
@@ -76,11 +76,14 @@ halves(const __grid_constant__ Map xs, const __grid_constant__ Map ws, const __g
       advance();
     };
 #pragma unroll
-    for (int piece = 0; piece < PIECES; ++piece) {
-      multiply(piece);
-      if (sums.token >= 0) write(sums, piece, ys, staged, part);
+    for (int step = 0; step < PIECES / BESIDE; ++step) {
+      multiply(step);
+      if (sums.token >= 0) {
+#pragma unroll
+        for (int i = 0; i < BESIDE; ++i) write(sums, step * BESIDE + i, ys, staged, part);
+      }
     }
-    for (int step = PIECES; step < steps; ++step) multiply(step);
+    for (int step = PIECES / BESIDE; step < steps; ++step) multiply(step);
     wait_for_products<0>();
     release(before);
     keep(sums, c, low, high, row + part * 64, first);
@@ -90,6 +93,4 @@ halves(const __grid_constant__ Map xs, const __grid_constant__ Map ws, const __g
     for (int piece = 0; piece < PIECES; ++piece) write(sums, piece, ys, staged, part);
   }
   if (threadIdx.x % 128 == 0) wait_until_written();
-  __syncwarp();
-  meet();
 }

@@ -5,16 +5,16 @@ from torch import Tensor
 
 from kernels.cuda.blocks import Blocks
 from kernels.cuda.driver import available, capability, function, tensor_map
-from kernels.cuda.hopper import LINE, ROWS, STEP, STORED, THREADS, TOKENS
+from kernels.cuda.hopper import LINE, ROWS, STEP, THREADS, TOKENS
 
-_STAGES = 4
+_STAGES = 5
+_STORED = 32  # tokens that a group of warps writes at once
 _WORDS = 1024  # bytes of 64 columns
 _SHARED = (
-    _STAGES * ((TOKENS + ROWS // 2) * LINE + _WORDS) + 4 * STORED * LINE + 16 * _STAGES + 1024
+    _STAGES * ((TOKENS + ROWS // 2) * LINE + _WORDS) + 4 * _STORED * LINE + 16 * _STAGES + 1024
 )
 _LEAST = 4 * STEP  # columns
 _MANY, _FULL = 512, 3 * 2**20  # tokens and results, from which it was faster than dense
-_LARGE = 2**25  # weights from which two thread blocks that share x are faster
 
 
 def compressed(weight: Tensor) -> Tensor | None:
@@ -71,19 +71,14 @@ def pays(blocks: Blocks, x: Tensor) -> bool:
     return len(x) >= _MANY and len(x) * blocks.rows >= _FULL
 
 
-def linear(
-    blocks: Blocks, x: Tensor, bias: Tensor | None, activation: int, team: int | None = None
-) -> Tensor:
+def linear(blocks: Blocks, x: Tensor, bias: Tensor | None, activation: int) -> Tensor:
     """Gives y (tokens, rows) of x (tokens, channels), contiguous; bias float32."""
     assert blocks.halves is not None
     count = blocks.rows * blocks.channels // 4  # words of two
     kept = blocks.halves[:count].view(x.dtype).view(blocks.rows, -1)
     lines, tiles = blocks.rows // ROWS, -(-len(x) // TOKENS)
-    shares = lines % 2 == 0 and blocks.rows * blocks.channels >= _LARGE
-    team = team or 1 + shares
     y = x.new_empty(len(x), blocks.rows)
     defines = (
-        ("TEAM", team),
         ("STAGES", _STAGES),
         ("BIAS", int(bias is not None)),
         ("ACT", activation),
@@ -91,12 +86,12 @@ def linear(
     )
     kernel = function("halves.cu", "halves", x.device.index, defines, dynamic=True)
     maps = (
-        tensor_map(x, TOKENS // team, STEP),
+        tensor_map(x, TOKENS, STEP),
         tensor_map(kept, ROWS, STEP // 2),
-        tensor_map(y, STORED, STEP),
+        tensor_map(y, _STORED, STEP),
     )
     numbers = (lines, tiles, blocks.channels // STEP)
-    at_once = max(1, torch.cuda.get_device_properties(x.device).multi_processor_count // team)
-    grid = (team * min(at_once, lines // team * tiles), 1)
-    kernel.launch(grid, THREADS, (blocks.halves[count:], bias), numbers, _SHARED, maps)
+    at_once = torch.cuda.get_device_properties(x.device).multi_processor_count
+    grid, tensors = (min(at_once, lines * tiles), 1), (blocks.halves[count:], bias)
+    kernel.launch(grid, THREADS, tensors, numbers, _SHARED, maps)
     return y

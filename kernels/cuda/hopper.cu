@@ -11,9 +11,9 @@
 //
 // Given: BC, STAGES, BIAS (whether there is one), ACT (activation), BF16.
 
-#define TEAM 1
 #define W_LINE 128
 #define K_BYTES 0
+#define PIECE 64
 #include "hopper.cuh"
 
 constexpr int SIDES = BC / STEP, AHEAD = 3;

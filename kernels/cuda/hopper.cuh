@@ -1,23 +1,15 @@
 // What hopper.cu and halves.cu share: the copy engine, barriers, wgmma, and how sums are written.
 //
-// Thread blocks of a TEAM (a cluster) go through the same steps; each brings a part of what all of them multiply.
-//
-// Given: W_LINE (bytes of 64 columns of a row of w as they are stored), K_BYTES (of words for 64 columns of all rows), TEAM
-// (1 or 2), STAGES, BIAS (whether there is one), ACT, BF16.
+// Given: W_LINE (bytes of 64 columns of a row of w as they are stored), K_BYTES (of words for 64 columns of all rows), PIECE
+// (tokens that are written at once), STAGES, BIAS (whether there is one), ACT, BF16.
 
 #include "common.cuh"
 
 typedef unsigned long long u64;
 struct alignas(64) Map { u64 words[16]; };  // CUtensorMap
 
-#if TEAM > 1
-#define CLUSTER __cluster_dims__(TEAM, 1, 1)
-#else
-#define CLUSTER
-#endif
-
 constexpr int TOKENS = 256, ROWS = 128, STEP = 64, LINE = 128;  // of a tile; LINE: bytes of 64 columns of x
-constexpr int X_BYTES = TOKENS * LINE, W_BYTES = ROWS * W_LINE, STAGE = X_BYTES + W_BYTES + K_BYTES, PIECE = 64, Y_BYTES = PIECE * LINE;
+constexpr int X_BYTES = TOKENS * LINE, W_BYTES = ROWS * W_LINE, STAGE = X_BYTES + W_BYTES + K_BYTES, Y_BYTES = PIECE * LINE;
 constexpr int FULL = STAGES * STAGE + 4 * Y_BYTES, EMPTY = FULL + 8 * STAGES;  // barriers, behind stages and sums
 constexpr int WARPS = 8, THREADS = 32 * (WARPS + 4), PIECES = TOKENS / PIECE;  // warps that multiply; four more load
 
@@ -36,33 +28,16 @@ DEVICE void load(u32 to, const Map& from, int column, int row, u32 barrier) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
                "[%4];" ::"r"(to), "l"(&from), "r"(column), "r"(row), "r"(barrier) : "memory");
 }
-// a part of what all of the team multiply, to the same place in each of them; `barrier` of each hears of it
-DEVICE void load_for_all(u32 to, const Map& from, int column, int row, u32 barrier) {
-  if (TEAM == 1) return load(to, from, column, row, barrier);
-  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
-               "[%1, {%2, %3}], [%4], %5;"
-               ::"r"(to), "l"(&from), "r"(column), "r"(row), "r"(barrier), "h"((u16)3) : "memory");
-}
-// this warp has read a stage: whoever of the team loads into it may go on. Without .release.cluster, which would wait for all
-// that the warp ever asked of memory: wgmma has read what there was (words were in registers before it), and nothing was
-// written
+// this warp has read a stage
 DEVICE void release(u32 barrier) {
-  if (threadIdx.x % 32) return;
-  arrive(barrier);
-  if (TEAM > 1)
-    asm volatile("{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; "
-                 "mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::"r"(barrier), "r"(blockIdx.x % 2 ^ 1) : "memory");
-}
-DEVICE void meet() {
-  if (TEAM > 1) asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  if (threadIdx.x % 32 == 0) arrive(barrier);
 }
 DEVICE void begin(u32 base) {
   if (threadIdx.x == 0) {
-    for (int s = 0; s < STAGES; ++s) init(base + FULL + 8 * s, 1), init(base + EMPTY + 8 * s, WARPS * TEAM);
+    for (int s = 0; s < STAGES; ++s) init(base + FULL + 8 * s, 1), init(base + EMPTY + 8 * s, WARPS);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
-  meet();
   let_next_begin();
   wait_for_input();
 }
@@ -77,10 +52,10 @@ DEVICE void wait_until_read() {
 }
 DEVICE void wait_until_written() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
-// where an operand of wgmma begins (in a cluster the bits above say in which thread block); lines of so many bytes as the copy engine swizzles them, eight of them a unit
+// where an operand of wgmma begins; lines of so many bytes as the copy engine swizzles them, eight of them a unit
 template <int BYTES>
 DEVICE u64 operand(u32 at) {
-  return (u64)((at & 0x3ffff) >> 4) | 1ull << 16 | (u64)(BYTES / 2) << 32 | (BYTES == 128 ? 1ull : 2ull) << 62;
+  return (u64)(at >> 4) | 1ull << 16 | (u64)(BYTES / 2) << 32 | (BYTES == 128 ? 1ull : 2ull) << 62;
 }
 #define C4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
 #define C16(i) C4(i), C4(i + 4), C4(i + 8), C4(i + 12)
@@ -122,7 +97,7 @@ DEVICE u32 pair(float low, float high, float bias) {
   return both;
 }
 
-// The sums of a tile, which leave beside the first products of the next one: 64 tokens at a time.
+// The sums of a tile, which leave beside the first products of the next one: PIECE tokens at a time.
 struct Written {
   u32 pairs[64];
   int row, token = -1;  // of y; -1: there are none

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import kernels
 from kernels.block_index import BlockIndex, block_index, flat, scatter, unflat
+from kernels.cuda import block_linear
 from kernels.cuda.blocks import SIZES
 from kernels.cuda.rounding import precision
 from kernels.window import Window
@@ -41,6 +42,16 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where PyTorch is taken, it rounds float32 to TF32 and adds in any order, by its switches."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+
+
+@pytest.fixture(autouse=True)
+def ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our kernels are taken, also where a dense product was faster."""
+    monkeypatch.setattr(block_linear, "pays", lambda *_, **__: True)
+
+
+def take_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_linear, "pays", lambda *_, **__: False)
 
 
 @contextmanager
@@ -93,6 +104,7 @@ def gradients(
     """The output, and the gradients of x, values and bias."""
     given = [part.detach().requires_grad_() for part in (x, values, bias) if part is not None]
     own = x.dtype in NARROW and set(index.block) <= set(SIZES)  # PyTorch refuses to be asked so
+    own = own and block_linear.pays(index, x.dtype, 1)
     with poisoned() if own else nullcontext():
         to = given[2] if bias is not None else None
         y = ops.block_conv2d(given[0], given[1], to, *of_layer(index, window))

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import kernels
 from kernels.block_index import BlockIndex, block_index, gather, scatter
+from kernels.cuda import block_linear
 from kernels.cuda.blocks import SIZES
 from kernels.cuda.rounding import precision
 
@@ -23,6 +24,16 @@ ops = torch.ops.sparse_nas
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float64: 1e-12}
 NARROW = [torch.float32, torch.bfloat16, torch.float16]
 BLOCKS = [(16, 16), (16, 64), (32, 32), (64, 64), (128, 32), (64, 128), (128, 128)]
+
+
+@pytest.fixture(autouse=True)
+def ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our kernels are taken, also where a dense product was faster."""
+    monkeypatch.setattr(block_linear, "pays", lambda *_, **__: True)
+
+
+def take_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_linear, "pays", lambda *_, **__: False)
 
 
 @contextmanager
@@ -56,6 +67,7 @@ def gradients(
     """The output, and the gradients of x, values and bias."""
     given = [part.detach().requires_grad_() for part in (x, values, bias) if part is not None]
     own = x.dtype in NARROW and set(index.block) <= set(SIZES)  # cuBLAS refuses to be asked so
+    own = own and block_linear.pays(index, x.dtype, 1)
     with poisoned() if own else nullcontext():
         to = given[2] if bias is not None else None
         y = ops.block_linear(given[0], given[1], to, index.lists, index.groups, grad.shape[-1])
@@ -86,6 +98,18 @@ def test_it_is_right(tokens: int, dtype: torch.dtype, block: tuple[int, int]) ->
     torch.manual_seed(tokens)
     values, index = drawn((6, 9), block, 0.4, dtype)
     x = torch.randn(tokens, index.in_features, device="cuda").to(dtype)
+    check(x, values, None, index)
+    check(x, values, torch.randn(index.out_features, device="cuda").to(dtype), index)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("dtype", NARROW)
+def test_where_dense_is_faster(
+    dtype: torch.dtype, block: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_dense(monkeypatch)
+    values, index = drawn((6, 9), block, 0.8, dtype)
+    x = torch.randn(200, index.in_features, device="cuda").to(dtype)
     check(x, values, None, index)
     check(x, values, torch.randn(index.out_features, device="cuda").to(dtype), index)
 
@@ -157,7 +181,10 @@ def test_autocast(dtype: torch.dtype) -> None:
         assert near(mine, its.double(), 2 * BOUND[dtype])
 
 
-def test_a_captured_step_is_the_step() -> None:
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_captured_step_is_the_step(dense: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if dense:
+        take_dense(monkeypatch)
     values, index = drawn((8, 8), (64, 64), 0.3, torch.bfloat16)
     net = kernels.BlockLinear(index, values, torch.randn(512, device="cuda").bfloat16())
     x = torch.randn(500, 512, device="cuda").bfloat16().requires_grad_()

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from kernels.block_conv2d import reference as of_images
-from kernels.block_index import BlockIndex, block_index, flat
+from kernels.block_index import BlockIndex, block_index, flat, scatter
 from kernels.block_linear import reference
 from kernels.calls import ACTIVATIONS
 from kernels.cuda import blob, pack
@@ -177,7 +177,7 @@ def images(dtype: torch.dtype, *shape: int) -> torch.Tensor:
 @pytest.fixture
 def bulk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """The CPU is taken for a GPU, which has a copy engine or not."""
-    from kernels.cuda import implicit, many
+    from kernels.cuda import block_linear, implicit, many
 
     def brings(x: torch.Tensor, stride: tuple[int, int], _: str) -> bool:
         return bool(request.param) and not any(
@@ -186,6 +186,7 @@ def bulk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> boo
 
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     monkeypatch.setattr(implicit, "brings", brings)
+    monkeypatch.setattr(block_linear, "pays", lambda *_, **__: True)
     monkeypatch.setattr(many, "gdc_wait", lambda: None)
     monkeypatch.setattr(many, "gdc_launch_dependents", lambda: None)
     return bool(request.param)
@@ -222,6 +223,55 @@ def test_a_convolution_of_blocks_and_its_gradients(
     given = block_conv2d.input_grad(grad, values, index, window, size[1:])
     assert given.is_contiguous(memory_format=torch.channels_last)
     assert close(given, of_images.input_grad(grad.double(), *wide, size[1:]))
+    found = block_conv2d.weight_grad(grad, x, index, window)
+    assert close(found, of_images.weight_grad(grad.double(), x.double(), *wide[1:]))
+
+
+@pytest.mark.parametrize("block", [(16, 16), (32, 64), (128, 32)])
+@pytest.mark.parametrize("dtype", BOUND)
+def test_where_dense_is_faster(
+    dtype: torch.dtype, block: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kernels.cuda import block_linear, whole
+
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(block_linear, "pays", lambda *_, **__: False)
+    torch.manual_seed(2)
+    for index in (index_of(block), block_index(torch.zeros(2, 5, dtype=torch.bool), block)):
+        values = torch.randn(len(index.columns), *block).to(dtype)
+        matrix = whole.matrix_of(values, index)
+        assert torch.equal(matrix, scatter(values, index))
+        assert torch.equal(whole.blocks_of(matrix, index), values)
+        x, grad = (torch.randn(7, n).to(dtype) for n in (index.in_features, index.out_features))
+        bias, wide = torch.randn(index.out_features).to(dtype), (values.double(), index)
+        y = block_linear.forward(x, values, bias, index)
+        assert close(y, reference.forward(x.double(), values.double(), bias.double(), index))
+        given = block_linear.input_grad(grad, values, index)
+        assert close(given, reference.input_grad(grad.double(), *wide))
+        found = block_linear.weight_grad(grad, x, index)
+        assert close(found, reference.weight_grad(grad.double(), x.double(), index))
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_where_a_dense_convolution_is_faster(
+    window: Window, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kernels.cuda import block_conv2d, block_linear
+
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(block_linear, "pays", lambda *_, **__: False)
+    torch.manual_seed(3)
+    index, size = of_window((16, 32), window), (8, 6)
+    values, bias = torch.randn(len(index.columns), 16, 32), torch.randn(index.out_features)
+    x = images(torch.float32, 2, index.channels, *size)
+    grad = images(torch.float32, 2, index.out_features, *window.out(size))
+    wide = (values.double(), index, window)
+    y = block_conv2d.forward(x, values, bias, index, window)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert close(y, of_images.forward(x.double(), wide[0], bias.double(), *wide[1:]))
+    given = block_conv2d.input_grad(grad, values, index, window, size)
+    assert given.is_contiguous(memory_format=torch.channels_last)
+    assert close(given, of_images.input_grad(grad.double(), *wide, size))
     found = block_conv2d.weight_grad(grad, x, index, window)
     assert close(found, of_images.weight_grad(grad.double(), x.double(), *wide[1:]))
 

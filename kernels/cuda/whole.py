@@ -1,0 +1,76 @@
+"""Kept blocks as the whole matrix and back, in Triton: for products that dense is faster at."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.block_index import BlockIndex
+
+_TILE = 4096  # weights that a program moves
+
+
+def matrix_of(values: Tensor, index: BlockIndex) -> Tensor:
+    """Gives the matrix (out, taps * in) of kept blocks (blocks, h, w), contiguous; else zeros."""
+    matrix = values.new_empty(index.out_features, index.in_features)
+    most = triton.next_power_of_2(index.in_features // index.block[1])
+    _each(_unpacked, matrix, values.contiguous(), index, MOST=most)
+    return matrix
+
+
+def blocks_of(matrix: Tensor, index: BlockIndex) -> Tensor:
+    """Gives the kept blocks (blocks, h, w) of a matrix (out, taps * in)."""
+    values = matrix.new_empty(len(index.columns), *index.block)
+    _each(_gathered, matrix.contiguous(), values, index)
+    return values
+
+
+def _each(kernel: Any, matrix: Tensor, values: Tensor, index: BlockIndex, **fixed: int) -> None:
+    height, width = index.block
+    rows, columns = len(index.starts) - 1, index.in_features // width
+    group = max(1, _TILE // (height * width))
+    with torch.cuda.device(values.device):
+        kernel[(triton.cdiv(columns, group), rows)](
+            matrix, values, index.starts, index.columns, columns,
+            HEIGHT=height, WIDTH=width, GROUP=group, **fixed,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["count"])
+def _unpacked(
+    matrix, values, starts, columns, count,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, MOST: tl.constexpr,
+):  # fmt: skip
+    row, column = tl.program_id(1), tl.program_id(0) * GROUP + tl.arange(0, GROUP)
+    places = tl.load(starts + row) + tl.arange(0, MOST)
+    listed = tl.load(columns + places, mask=places < tl.load(starts + row + 1), other=-1)
+    place = tl.max(tl.where(column[:, None] == listed[None, :], places[None, :], -1), 1)
+    at, held = _places(row, column, place, count, HEIGHT, WIDTH)
+    found = tl.load(values + held, mask=(place >= 0)[:, None, None], other=0)
+    tl.store(matrix + at, found, mask=(column < count)[:, None, None])
+
+
+@triton.jit(do_not_specialize=["count"])
+def _gathered(
+    matrix, values, starts, columns, count,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(1)
+    place = tl.load(starts + row) + tl.program_id(0) * GROUP + tl.arange(0, GROUP)
+    kept = place < tl.load(starts + row + 1)
+    column = tl.load(columns + place, mask=kept, other=0)
+    at, held = _places(row, column, place, count, HEIGHT, WIDTH)
+    kept = kept[:, None, None]
+    tl.store(values + held, tl.load(matrix + at, mask=kept, other=0), mask=kept)
+
+
+@triton.jit
+def _places(row, column, place, count, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """Where blocks lie in the matrix and in values, both (blocks, h, w)."""
+    across, down = tl.arange(0, WIDTH)[None, None, :], tl.arange(0, HEIGHT)[None, :, None]
+    wide = (count * WIDTH).to(tl.int64)
+    at = (row * HEIGHT + down) * wide + column[:, None, None] * WIDTH + across
+    held = place.to(tl.int64)[:, None, None] * (HEIGHT * WIDTH) + down * WIDTH + across
+    return at, held

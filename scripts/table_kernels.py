@@ -14,9 +14,10 @@ from typing import Any
 
 MIDDLE = 0.9  # of the zeros, whose dense time is shown
 AHEAD = 1.03  # times dense: more than what is measured differs by
+AT = "times faster at"  # the fewer zeros
 HEADS = (
     "work", "shape", "pattern", "kernel", "us", "dense us", "times faster", "peer, times dense",
-    "limit", "at fewer zeros, times faster", "ahead from",
+    "limit", AT, "ahead from",
 )  # fmt: skip
 
 
@@ -27,7 +28,10 @@ def main() -> None:
     p.add_argument("low", type=Path, nargs="?", help="the same of fewer zeros")
     given = p.parse_args()
     cases, low = (cases_of(file) for file in (given.file, given.low))
-    print("| " + " | ".join(HEADS) + " |", "|---" * len(HEADS) + "|", sep="\n")
+    shares = sorted({row["sparsity"] for rows in low.values() for row in rows})
+    at = f"{AT} {listed([f'{s:g}' for s in shares])}"
+    heads = [at if head == AT else head for head in HEADS]
+    print("| " + " | ".join(heads) + " |", "|---" * len(HEADS) + "|", sep="\n")
     for name, rows in cases.items():
         print("| " + " | ".join(line(name, rows, low.get(name, []))) + " |")
 
@@ -62,7 +66,8 @@ def line(
 
 def ahead_from(rows: Sequence[dict[str, Any]]) -> str:
     """The fewest zeros measured from which on it is faster than dense; `-`: not even at most."""
-    behind = [row["sparsity"] for row in rows if row["ratio"] < AHEAD]
+    dense = [row["kernel"] == "dense" or row["ratio"] < AHEAD for row in rows]
+    behind = [row["sparsity"] for row, same in zip(rows, dense, strict=True) if same]
     ahead = [row["sparsity"] for row in rows if row["sparsity"] > max(behind, default=0)]
     return f"{min(ahead):g}" if ahead else "-"
 

@@ -35,3 +35,4 @@ def test_ahead_from_where_all_of_more_zeros_are() -> None:
     rows = [row(0.5, 9.0), row(0.7, 10.0), row(0.8, 5.0), row(0.9, 2.0)]
     assert table_kernels.ahead_from(rows) == "0.8"
     assert table_kernels.ahead_from([row(0.9, 9.9)]) == "-"
+    assert table_kernels.ahead_from([row(0.8, 9.0, kernel="dense"), row(0.9, 5.0)]) == "0.9"

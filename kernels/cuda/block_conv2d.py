@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from math import prod
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from kernels.cuda.rounding import narrowed, precision
 from kernels.window import Pair, Window
 
 ONE = (1, 1)
+_SWITCH = Lock()  # autograd has a thread for each device
 
 
 def forward(
@@ -95,14 +97,14 @@ def _pays(
 
 def _dense_gradient(grad: Tensor, x: Tensor, weight: Tensor, window: Window, which: int) -> Tensor:
     """PyTorch's gradient of x (0) or of the weight (1), its sums in one order."""
-    wanted = [which == 0, which == 1, False]
-    cudnn, before = torch.backends.cudnn, torch.backends.cudnn.deterministic
-    cudnn.deterministic = True
-    try:
-        how = (None, *map(list, window.pairs), False, [0, 0], 1, wanted)
-        found: Tensor = torch.ops.aten.convolution_backward(grad, x, weight, *how)[which]
-    finally:
-        cudnn.deterministic = before
+    how = (None, *map(list, window.pairs), False, [0, 0], 1, [which == 0, which == 1, False])
+    cudnn = torch.backends.cudnn
+    with _SWITCH:
+        before, cudnn.deterministic = cudnn.deterministic, True
+        try:
+            found: Tensor = torch.ops.aten.convolution_backward(grad, x, weight, *how)[which]
+        finally:
+            cudnn.deterministic = before
     return found
 
 

@@ -62,7 +62,8 @@ def read(data: Tensor) -> Blocks:
     The index is checked when a tensor is met for the first time or after it was written to; that
     waits for the device. Later calls find what was found then. Of an inference tensor it is not
     seen that it was written to: load such a weight into a new one. A graph that was captured
-    before needs one call like this, outside of it, once a weight was written to.
+    before needs one call like this, outside of it, once a weight was written to; one of cuSPARSELt
+    stays with the old weight where the new one is not two of every four.
 
     Raises:
         ValueError: it is malformed, or was not packed for a GPU.
@@ -83,10 +84,13 @@ def read(data: Tensor) -> Blocks:
 
 def _over(old: Blocks, new: Blocks) -> Blocks:
     """What was made anew, in the place of what it replaces where it fits: a graph may read it."""
-    if old.halves is not None and new.halves is None:  # a graph that reads it gives no number
-        old.halves[: old.rows * old.channels // 4] = _NO_NUMBERS
     names = [name for name in _MADE if name != "whole" or not (old.dense or new.dense)]
     made: dict[str, Any] = {n: _copied(getattr(old, n), getattr(new, n)) for n in names}
+    was = old.halves if old.halves is not None else old.blank
+    made["halves"] = _copied(was, new.halves)
+    made["blank"] = was if new.halves is None else None
+    if old.halves is not None and new.halves is None:  # a graph that reads it gives no number
+        old.halves[: old.rows * old.channels // 4] = _NO_NUMBERS
     if (old.rows, old.block) == (new.rows, new.block):
         made["plans"] = old.plans
     return replace(new, **made)

@@ -6,7 +6,6 @@ from threading import Lock
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from kernels.block_conv2d import reference
 from kernels.block_index import BlockIndex, flat, unflat
@@ -30,9 +29,9 @@ def forward(
         return images(block_linear.forward(pixels(last), values, bias, index), out)
     from kernels.cuda import implicit, many, whole  # not at the top: Triton comes where needed
 
-    if not _pays(index, x.dtype, out):
+    if not _pays(index, x.dtype, out, window):
         weight = unflat(whole.matrix_of(values, index), window.kernel)
-        return aligned(F.conv2d(last, weight, bias, *window.pairs))
+        return _dense(last, weight, bias, window)
     walk = many.by_rows(index, linear.aligned(values))
     bias = None if bias is None else bias.contiguous()
     with torch.cuda.device(x.device):
@@ -56,9 +55,9 @@ def input_grad(
         return spread(small, window.stride, size)
     from kernels.cuda import implicit, many, whole
 
-    if not _pays(index, grad.dtype, grad.shape):
+    if not _pays(index, grad.dtype, grad.shape, window):
         weight = unflat(whole.matrix_of(values, index), window.kernel)
-        return aligned(_dense_gradient(aligned(grad), empty(grad, out), weight, window, 0))
+        return _dense(aligned(grad), weight, None, window, to=size)
     turned = turned_window(window)
     full = Window(window.kernel, ONE, window.padding, window.dilation).out(size)
     last, walk = (
@@ -77,9 +76,9 @@ def weight_grad(grad: Tensor, x: Tensor, index: BlockIndex, window: Window) -> T
         return block_linear.weight_grad(pixels(aligned(grad)), pixels(aligned(x)), index)
     from kernels.cuda import sampled_conv2d, whole
 
-    if not _pays(index, x.dtype, grad.shape, of_weight=True):
-        weight = empty(grad, (index.out_features, index.channels, *window.kernel))
-        found = _dense_gradient(aligned(grad), aligned(x), weight, window, 1)
+    alike = narrowed(x.dtype, True) in ("", "matmul conv")  # as our kernels round it
+    if alike and not _pays(index, x.dtype, grad.shape, window, of_weight=True):
+        found = _dense_weight_grad(aligned(grad), aligned(x), index, window)
         return whole.blocks_of(flat(found), index)
     given = (index, aligned(grad), aligned(x), window)
     with torch.cuda.device(x.device):
@@ -87,24 +86,48 @@ def weight_grad(grad: Tensor, x: Tensor, index: BlockIndex, window: Window) -> T
 
 
 def _pays(
-    index: BlockIndex, dtype: torch.dtype, out: Sequence[int], of_weight: bool = False
+    index: BlockIndex, dtype: torch.dtype, out: Sequence[int], window: Window, **of: bool
 ) -> bool:
-    """Whether our kernels are faster than PyTorch's, or that would round otherwise."""
-    if narrowed(dtype, True) not in ("", "matmul conv"):
-        return True
-    return block_linear.pays(index, dtype, prod(out) // out[1], of_weight)
+    """Whether our kernels are faster than PyTorch's; of what is dilated that was not measured."""
+    return window.dilation != ONE or block_linear.pays(index, dtype, prod(out) // out[1], **of)
 
 
-def _dense_gradient(grad: Tensor, x: Tensor, weight: Tensor, window: Window, which: int) -> Tensor:
-    """PyTorch's gradient of x (0) or of the weight (1), its sums in one order."""
-    how = (None, *map(list, window.pairs), False, [0, 0], 1, [which == 0, which == 1, False])
-    cudnn = torch.backends.cudnn
-    with _SWITCH:
-        before, cudnn.deterministic = cudnn.deterministic, True
+def _dense(
+    x: Tensor, weight: Tensor, bias: Tensor | None, window: Window, to: Pair | None = None
+) -> Tensor:
+    """PyTorch's convolution, channels last; or what leads back from its output to a size.
+
+    Sums have one order, and float32 is rounded as our kernels round it, whatever its switches say.
+    """
+    over = [0, 0]
+    if to is not None:  # rows and columns that a stride left out
+        over = [size - found for size, found in zip(to, _reached(x, window), strict=True)]
+    walk = (*map(list, window.pairs), to is not None, over, 1)
+    how = (False, True, torch.backends.cudnn.enabled, precision() == "tf32")
+    with block_linear.uncast(x):
+        return aligned(torch.ops.aten._convolution(x, weight, bias, *walk, *how))
+
+
+def _reached(grad: Tensor, window: Window) -> list[int]:
+    """Height and width of the smallest image that has such an output."""
+    axes = zip(grad.shape[2:], window.kernel, *window.pairs, strict=True)
+    return [
+        (size - 1) * stride - 2 * padding + apart * (taps - 1) + 1
+        for size, taps, stride, padding, apart in axes
+    ]
+
+
+def _dense_weight_grad(grad: Tensor, x: Tensor, index: BlockIndex, window: Window) -> Tensor:
+    """PyTorch's gradient of the weight, its sums in one order."""
+    weight = empty(grad, (index.out_features, index.channels, *window.kernel))
+    how = (None, *map(list, window.pairs), False, [0, 0], 1, [False, True, False])
+    with _SWITCH, block_linear.uncast(x):  # convolutions of other threads see it too
+        before = torch._C._get_cudnn_deterministic()
+        torch._C._set_cudnn_deterministic(True)
         try:
-            found: Tensor = torch.ops.aten.convolution_backward(grad, x, weight, *how)[which]
+            found: Tensor = torch.ops.aten.convolution_backward(grad, x, weight, *how)[1]
         finally:
-            cudnn.deterministic = before
+            torch._C._set_cudnn_deterministic(before)
     return found
 
 

@@ -1,6 +1,7 @@
 """`torch.ops.sparse_nas.block_linear` and its gradients on a GPU: Triton's kernels, or PyTorch."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,8 @@ def forward(x: Tensor, values: Tensor, bias: Tensor | None, index: BlockIndex) -
     from kernels.cuda import many, whole  # not at the top: Triton comes where it is needed
 
     if not pays(index, x.dtype, len(x)):
-        return F.linear(x, whole.matrix_of(values, index), bias)
+        with uncast(x):
+            return F.linear(x, whole.matrix_of(values, index), bias)
     walk, bias = many.by_rows(index, aligned(values)), None if bias is None else bias.contiguous()
     with torch.cuda.device(x.device):
         return many.product(walk, aligned(x), bias, rounding=precision())
@@ -50,7 +52,8 @@ def input_grad(grad: Tensor, values: Tensor, index: BlockIndex) -> Tensor:
     from kernels.cuda import many, whole
 
     if not pays(index, grad.dtype, len(grad)):
-        return grad @ whole.matrix_of(values, index)
+        with uncast(grad):
+            return grad @ whole.matrix_of(values, index)
     walk = many.by_columns(index, aligned(values))
     with torch.cuda.device(grad.device):
         return many.product(walk, aligned(grad), None, rounding=precision())
@@ -63,7 +66,8 @@ def weight_grad(grad: Tensor, x: Tensor, index: BlockIndex) -> Tensor:
     from kernels.cuda import sampled, whole
 
     if not pays(index, x.dtype, len(x), of_weight=True):
-        return whole.blocks_of(grad.t() @ x, index)
+        with uncast(x):
+            return whole.blocks_of(grad.t() @ x, index)
     with torch.cuda.device(x.device):
         return sampled.weight_grad(index, aligned(grad), aligned(x), precision=precision())
 
@@ -72,6 +76,11 @@ def takes(x: Tensor, index: BlockIndex) -> bool:
     """Whether the kernels multiply x, whose first size is not 0, by such blocks."""
     fits = x.dtype in DTYPES and set(index.block) <= set(SIZES)
     return fits and len(x) > 0 and has_triton()
+
+
+def uncast(x: Tensor) -> Any:
+    """PyTorch's products on x's device keep their dtype, under autocast too."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def pays(index: BlockIndex, dtype: torch.dtype, tokens: int, of_weight: bool = False) -> bool:

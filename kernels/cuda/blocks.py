@@ -77,6 +77,7 @@ class Blocks:
         longest: most blocks of a row of blocks; found when read.
         room: bytes of the largest tile; found when read.
         halves: the weight as halves.cu wants it where it reads that, or None; made when read.
+        blank: what `halves` was, of no numbers, while the weight is no more two of every four.
         plans: which tiles thread blocks of hopper.cu take, by how many tiles of tokens there are;
             made when needed. Of a weight that is written over they stay right, for a graph too.
         planned: which of them were made for these blocks.
@@ -101,6 +102,7 @@ class Blocks:
     room: int = 0
     whole: Tensor | None = None
     halves: Tensor | None = None
+    blank: Tensor | None = None
     plans: dict[int, list[Tensor]] = field(default_factory=dict)
     planned: set[int] = field(default_factory=set)
 

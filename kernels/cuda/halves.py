@@ -20,9 +20,11 @@ _MANY, _FULL = 512, 3 * 2**20  # tokens and results, from which it was faster th
 def compressed(weight: Tensor) -> Tensor | None:
     """A weight (rows, channels) as halves.cu reads it, or None: 16 bits on a GPU of 9.0.
 
-    Its rows come in 128s and its columns in 64s, at least four of these.
+    Its rows come in 128s and its columns in 64s, at least four of these; NVRTC is there.
     """
-    if not weight.is_cuda or weight.itemsize != 2 or capability(weight.device.index) != (9, 0):
+    if not weight.is_cuda or weight.itemsize != 2:
+        return None
+    if capability(weight.device.index) != (9, 0) or not available(weight.device.index):
         return None
     rows, channels = weight.shape
     if not rows or rows % ROWS or channels < _LEAST or channels % STEP:

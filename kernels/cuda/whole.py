@@ -10,13 +10,13 @@ from torch import Tensor
 from kernels.block_index import BlockIndex
 
 _TILE = 4096  # weights that a program moves
+_LISTED = tl.constexpr(128)  # columns of a row that are looked through at once
 
 
 def matrix_of(values: Tensor, index: BlockIndex) -> Tensor:
     """Gives the matrix (out, taps * in) of kept blocks (blocks, h, w), contiguous; else zeros."""
     matrix = values.new_empty(index.out_features, index.in_features)
-    most = triton.next_power_of_2(index.in_features // index.block[1])
-    _each(_unpacked, matrix, values.contiguous(), index, MOST=most)
+    _each(_unpacked, matrix, values.contiguous(), index)
     return matrix
 
 
@@ -27,29 +27,33 @@ def blocks_of(matrix: Tensor, index: BlockIndex) -> Tensor:
     return values
 
 
-def _each(kernel: Any, matrix: Tensor, values: Tensor, index: BlockIndex, **fixed: int) -> None:
+def _each(kernel: Any, matrix: Tensor, values: Tensor, index: BlockIndex) -> None:
     height, width = index.block
     rows, columns = len(index.starts) - 1, index.in_features // width
     group = max(1, _TILE // (height * width))
     with torch.cuda.device(values.device):
-        kernel[(triton.cdiv(columns, group), rows)](
+        kernel[(rows, triton.cdiv(columns, group))](
             matrix, values, index.starts, index.columns, columns,
-            HEIGHT=height, WIDTH=width, GROUP=group, **fixed,
+            HEIGHT=height, WIDTH=width, GROUP=group,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["count"])
 def _unpacked(
     matrix, values, starts, columns, count,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, MOST: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    row, column = tl.program_id(1), tl.program_id(0) * GROUP + tl.arange(0, GROUP)
-    places = tl.load(starts + row) + tl.arange(0, MOST)
-    listed = tl.load(columns + places, mask=places < tl.load(starts + row + 1), other=-1)
-    place = tl.max(tl.where(column[:, None] == listed[None, :], places[None, :], -1), 1)
+    row, column = tl.program_id(0), tl.program_id(1) * GROUP + tl.arange(0, GROUP)
+    begin, end = tl.load(starts + row), tl.load(starts + row + 1)
+    place = tl.full([GROUP], -1, tl.int32)
+    for first in range(begin, end, _LISTED):
+        places = first + tl.arange(0, _LISTED)
+        listed = tl.load(columns + places, mask=places < end, other=-1)
+        found = tl.where(column[:, None] == listed[None, :], places[None, :], -1)
+        place = tl.maximum(place, tl.max(found, 1))
     at, held = _places(row, column, place, count, HEIGHT, WIDTH)
-    found = tl.load(values + held, mask=(place >= 0)[:, None, None], other=0)
-    tl.store(matrix + at, found, mask=(column < count)[:, None, None])
+    block = tl.load(values + held, mask=(place >= 0)[:, None, None], other=0)
+    tl.store(matrix + at, block, mask=(column < count)[:, None, None])
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -57,8 +61,8 @@ def _gathered(
     matrix, values, starts, columns, count,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(1)
-    place = tl.load(starts + row) + tl.program_id(0) * GROUP + tl.arange(0, GROUP)
+    row = tl.program_id(0)
+    place = tl.load(starts + row) + tl.program_id(1) * GROUP + tl.arange(0, GROUP)
     kept = place < tl.load(starts + row + 1)
     column = tl.load(columns + place, mask=kept, other=0)
     at, held = _places(row, column, place, count, HEIGHT, WIDTH)

@@ -146,6 +146,22 @@ def test_any_window(size: tuple[int, int, int], dtype: torch.dtype, window: Wind
     check(x, values, torch.randn(index.out_features, device="cuda").to(dtype), index, window)
 
 
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("size", [(1, 7, 9), (40, 28, 28)])
+def test_where_dense_is_faster(
+    size: tuple[int, int, int],
+    dtype: torch.dtype,
+    window: Window,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    take_dense(monkeypatch)
+    values, index = drawn((3, 5), (64, 32), window, 0.8, dtype)
+    x = images(dtype, size[0], index.channels, *size[1:])
+    check(x, values, None, index, window)
+    check(x, values, torch.randn(index.out_features, device="cuda").to(dtype), index, window)
+
+
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("images_of", [9, 64])
@@ -230,7 +246,10 @@ def test_autocast(dtype: torch.dtype) -> None:
         assert near(mine, its.double(), 2 * BOUND[dtype])
 
 
-def test_a_captured_step_is_the_step() -> None:
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_captured_step_is_the_step(dense: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if dense:
+        take_dense(monkeypatch)
     net, x = layer(), images(torch.bfloat16, 64, 256, 8, 8).requires_grad_()
     given = [x, *net.parameters()]
 

@@ -114,6 +114,21 @@ def test_where_dense_is_faster(
     check(x, values, torch.randn(index.out_features, device="cuda").to(dtype), index)
 
 
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("density", [0.0, 0.5, 1.0])
+def test_blocks_as_a_matrix_and_back(
+    density: float, dtype: torch.dtype, block: tuple[int, int]
+) -> None:
+    whole = pytest.importorskip("kernels.cuda.whole")  # where there is Triton
+    index = block_index(torch.rand(6, 150, device="cuda") < density, block)
+    values = torch.randn(len(index.columns), *block, device="cuda").to(dtype)
+    with poisoned():
+        matrix = whole.matrix_of(values, index)
+        assert torch.equal(whole.blocks_of(matrix, index), values)
+    assert torch.equal(matrix, scatter(values, index))
+
+
 @pytest.mark.parametrize(("size", "block"), [(4096, 64), (4096, 128), (4096, 32), (8192, 64)])
 @pytest.mark.parametrize("tokens", [2048, 8192, 8191])
 def test_large_weights(size: int, block: int, tokens: int) -> None:

@@ -73,6 +73,9 @@ def test_what_a_graph_may_read_is_written_over_or_no_number(
     data.copy_(pack.pack_linear(weight).data)
     assert blob.read(data).halves is None
     assert bool(first[: 256 * 64].view(weight.dtype).isnan().all())
+    data.copy_(pack.pack_linear(other).data)  # two of every four again: a graph is right again
+    assert blob.read(data).halves is first
+    assert torch.equal(whole(first, 256, 256, weight.dtype), other)
 
 
 def check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> None:

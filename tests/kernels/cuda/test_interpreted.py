@@ -237,7 +237,11 @@ def test_where_dense_is_faster(
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     monkeypatch.setattr(block_linear, "pays", lambda *_, **__: False)
     torch.manual_seed(2)
-    for index in (index_of(block), block_index(torch.zeros(2, 5, dtype=torch.bool), block)):
+    for index in (
+        index_of(block),
+        block_index(torch.zeros(2, 5, dtype=torch.bool), block),
+        block_index(torch.rand(2, 150) < 0.9, block),  # more than are looked through at once
+    ):
         values = torch.randn(len(index.columns), *block).to(dtype)
         matrix = whole.matrix_of(values, index)
         assert torch.equal(matrix, scatter(values, index))
@@ -250,16 +254,25 @@ def test_where_dense_is_faster(
         assert close(given, reference.input_grad(grad.double(), *wide))
         found = block_linear.weight_grad(grad, x, index)
         assert close(found, reference.weight_grad(grad.double(), x.double(), index))
+        with torch.autocast("cpu", torch.bfloat16):  # a backward pass within it
+            assert torch.equal(block_linear.input_grad(grad, values, index), given)
+            assert torch.equal(block_linear.weight_grad(grad, x, index), found)
 
 
-@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("window", [w for w in WINDOWS if w.dilation == (1, 1)])
 def test_where_a_dense_convolution_is_faster(
     window: Window, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kernels.cuda import block_conv2d, block_linear
+    from kernels.cuda import block_conv2d, block_linear, many, sampled, sampled_conv2d
 
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     monkeypatch.setattr(block_linear, "pays", lambda *_, **__: False)
+    for module, name in (
+        *((many, "by_rows"), (many, "by_columns")),
+        *((sampled, "weight_grad"), (sampled_conv2d, "weight_grad")),
+    ):
+        monkeypatch.delattr(module, name)  # none of our kernels is taken
     torch.manual_seed(3)
     index, size = of_window((16, 32), window), (8, 6)
     values, bias = torch.randn(len(index.columns), 16, 32), torch.randn(index.out_features)

@@ -169,6 +169,22 @@ def test_a_sampled_product_compiles(
     triton_makes(sampled._add, target, kinds, {"SPLIT": 4, "SIZE": 1024}, num_warps=4)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="nothing is compiled then")
+@pytest.mark.parametrize("target", [80, 90])
+@pytest.mark.parametrize("block", [(16, 16), (128, 128), (16, 128)])
+def test_moving_blocks_compiles(block: tuple[int, int], target: int) -> None:
+    pytest.importorskip("triton")
+    from kernels.cuda import whole
+
+    kinds = {"matrix": "*bf16", "values": "*bf16", "starts": "*i32", "columns": "*i32"}
+    height, width = block
+    group = max(1, 4096 // (height * width))
+    fixed = {"HEIGHT": height, "WIDTH": width, "GROUP": group}
+    for function in (whole._unpacked, whole._gathered):
+        ptx = triton_makes(function, target, kinds | {"count": "i32"}, fixed)
+        assert "st.global" in ptx and "ld.global" in ptx
+
+
 def walking(stride: int, padding: int) -> dict[str, Any]:
     """What kernels are compiled for, of a 3x3 over 256 channels."""
     from kernels.cuda import implicit

@@ -84,7 +84,7 @@ def read(data: Tensor) -> Blocks:
 
 def _over(old: Blocks, new: Blocks) -> Blocks:
     """What was made anew, in the place of what it replaces where it fits: a graph may read it."""
-    names = [name for name in _MADE if name != "whole" or not (old.dense or new.dense)]
+    names = ["order", "two_of_four", *(["whole"] if not (old.dense or new.dense) else [])]
     made: dict[str, Any] = {n: _copied(getattr(old, n), getattr(new, n)) for n in names}
     was = old.halves if old.halves is not None else old.blank
     made["halves"] = _copied(was, new.halves)

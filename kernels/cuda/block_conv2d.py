@@ -86,10 +86,15 @@ def weight_grad(grad: Tensor, x: Tensor, index: BlockIndex, window: Window) -> T
 
 
 def _pays(
-    index: BlockIndex, dtype: torch.dtype, out: Sequence[int], window: Window, **of: bool
+    index: BlockIndex,
+    dtype: torch.dtype,
+    out: Sequence[int],
+    window: Window,
+    of_weight: bool = False,
 ) -> bool:
     """Whether our kernels are faster than PyTorch's; of what is dilated that was not measured."""
-    return window.dilation != ONE or block_linear.pays(index, dtype, prod(out) // out[1], **of)
+    count = prod(out) // out[1]
+    return window.dilation != ONE or block_linear.pays(index, dtype, count, of_weight)
 
 
 def _dense(

@@ -1,7 +1,6 @@
 """`torch.ops.sparse_nas.block_linear` and its gradients on a GPU: Triton's kernels, or PyTorch."""
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,7 +77,7 @@ def takes(x: Tensor, index: BlockIndex) -> bool:
     return fits and len(x) > 0 and has_triton()
 
 
-def uncast(x: Tensor) -> Any:
+def uncast(x: Tensor) -> torch.autocast:
     """PyTorch's products on x's device keep their dtype, under autocast too."""
     return torch.autocast(x.device.type, enabled=False)
 

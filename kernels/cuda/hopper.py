@@ -11,11 +11,11 @@ from kernels.cuda.blocks import Blocks
 from kernels.cuda.driver import available, capability, function, tensor_map
 
 ROWS, TOKENS, STEP = 128, 256, 64
-STORED = 64  # tokens that a group of warps writes at once
+_STORED = 64  # tokens that a group of warps writes at once
 LINE = 128  # bytes of a line of what is copied
 THREADS = 384  # of a thread block: of twelve warps eight multiply
 _STAGES = 4  # steps that are under way or in use, as many as shared memory holds
-_SHARED = _STAGES * (TOKENS + ROWS) * LINE + 4 * STORED * LINE + 16 * _STAGES + 1024
+_SHARED = _STAGES * (TOKENS + ROWS) * LINE + 4 * _STORED * LINE + 16 * _STAGES + 1024
 _ENDING = 2  # steps that beginning and ending a tile take as long as
 _ROUND = 8  # tiles of a thread block are planned as a multiple of this, so that plans are alike
 _NEAR = 2**24  # bytes of x that stay in the second-level cache beside weights and results
@@ -62,7 +62,7 @@ def linear(blocks: Blocks, x: Tensor, bias: Tensor | None, activation: int) -> T
     maps = (
         tensor_map(x, TOKENS, STEP),
         tensor_map(blocks.values.view(-1, blocks.block[1]), ROWS, STEP),
-        tensor_map(y, STORED, STEP),
+        tensor_map(y, _STORED, STEP),
     )
     tensors = (shared_out, blocks.starts, blocks.columns, bias)
     count, waves = shared_out.shape

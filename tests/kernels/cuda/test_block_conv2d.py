@@ -51,7 +51,9 @@ def ours(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def take_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of itself it adds in one order."""
     monkeypatch.setattr(block_linear, "pays", lambda *_, **__: False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
 
 
 @contextmanager

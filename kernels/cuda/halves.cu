@@ -36,22 +36,28 @@ halves(const __grid_constant__ Map xs, const __grid_constant__ Map ws, const __g
   };
   if (warp >= WARPS) {
     take_few_registers();
-    if (warp > WARPS) return;
-    if (lane == 0)
-      for (int tile = blockIdx.x; tile < all; tile += gridDim.x) {
-        const int row = tile % lines * ROWS, token = tile / lines * TOKENS;
-        for (int step = 0; step < steps; ++step, advance()) {
-          const u32 full = base + FULL + 8 * stage, to = base + stage * STAGE;
-          wait(base + EMPTY + 8 * stage, phase ^ 1);
-          expect(full, STAGE);
-          load(to + X_BYTES, ws, step * (STEP / 2), row, full);
-          load_words(to + X_BYTES + W_BYTES, kinds + ((long long)row / ROWS * steps + step) * (K_BYTES / 4), full);
-          load(to, xs, step * STEP, token, full);
-        }
+    if (warp > WARPS || lane > 0) return;
+    const auto load_w = [&](int row, int step, int to, u32 full) {
+      load(to + X_BYTES, ws, step * (STEP / 2), row, full);
+      load_words(to + X_BYTES + W_BYTES, kinds + ((long long)row / ROWS * steps + step) * (K_BYTES / 4), full);
+    };
+    int ahead = min(STAGES, steps);  // whose w is asked for before x is there
+    for (int s = 0; s < ahead; ++s) load_w(blockIdx.x % lines * ROWS, s, base + s * STAGE, base + FULL + 8 * s);
+    wait_for_input();
+    for (int tile = blockIdx.x; tile < all; tile += gridDim.x) {
+      const int row = tile % lines * ROWS, token = tile / lines * TOKENS;
+      for (int step = 0; step < steps; ++step, advance()) {
+        const u32 full = base + FULL + 8 * stage, to = base + stage * STAGE;
+        wait(base + EMPTY + 8 * stage, phase ^ 1);
+        expect(full, STAGE);
+        if (ahead-- <= 0) load_w(row, step, to, full);
+        load(to, xs, step * STEP, token, full);
       }
+    }
     return;
   }
   take_many_registers();
+  wait_for_input();
   const int part = warp / 4, mine = part * 64 + warp % 4 * 16 + lane / 4;  // row, and that 8 on
   const u32 staged = base + STAGES * STAGE + part * 2 * Y_BYTES;
   Written sums;

@@ -36,18 +36,17 @@ hopper(const __grid_constant__ Map xs, const __grid_constant__ Map ws, const __g
     tile.begin = tile.number < 0 ? 0 : at[0], tile.end = tile.number < 0 ? 0 : at[1];
   };
   const auto list = [&](Tile& tile) {
-    tile.column = warp == WARPS && tile.begin + lane < tile.end ? columns[tile.begin + lane] : 0;
+    tile.column = tile.begin + lane < tile.end ? columns[tile.begin + lane] : 0;
   };
 #pragma unroll
   for (int i = 0; i <= AHEAD; ++i) {
     number(next[i], i);
     if (i < AHEAD) bounds(next[i]);
-    if (i < AHEAD - 1) list(next[i]);
   }
   const auto turn = [&](int wave) {
 #pragma unroll
     for (int i = 0; i < AHEAD; ++i) next[i] = next[i + 1];
-    list(next[AHEAD - 2]), bounds(next[AHEAD - 1]), number(next[AHEAD], wave + AHEAD + 1);
+    bounds(next[AHEAD - 1]), number(next[AHEAD], wave + AHEAD + 1);
   };
   int stage = 0;
   u32 phase = 0;
@@ -57,7 +56,13 @@ hopper(const __grid_constant__ Map xs, const __grid_constant__ Map ws, const __g
   if (warp >= WARPS) {
     take_few_registers();
     if (warp > WARPS) return;
-    for (int wave = 0; next[0].number >= 0; turn(wave), ++wave) {
+#pragma unroll
+    for (int i = 0; i < AHEAD - 1; ++i) list(next[i]);
+    int ahead = min(STAGES, (next[0].end - next[0].begin) * SIDES);  // steps whose w is asked for before x is there
+    for (int s = 0; s < ahead && lane == 0; ++s)
+      load(base + s * STAGE + X_BYTES, ws, s % SIDES * STEP, (next[0].begin + s / SIDES) * ROWS, base + FULL + 8 * s);
+    wait_for_input();
+    for (int wave = 0; next[0].number >= 0; turn(wave), list(next[AHEAD - 2]), ++wave) {
       const int token = next[0].number / lines * TOKENS;
       int held = next[0].column;
       for (int i = next[0].begin; i < next[0].end; ++i) {
@@ -70,7 +75,7 @@ hopper(const __grid_constant__ Map xs, const __grid_constant__ Map ws, const __g
             const u32 full = base + FULL + 8 * stage, to = base + stage * STAGE;
             wait(base + EMPTY + 8 * stage, phase ^ 1);
             expect(full, STAGE);
-            load(to + X_BYTES, ws, side * STEP, i * ROWS, full);
+            if (ahead-- <= 0) load(to + X_BYTES, ws, side * STEP, i * ROWS, full);
             load(to, xs, from + side * STEP, token, full);
           }
         __syncwarp();
@@ -79,6 +84,7 @@ hopper(const __grid_constant__ Map xs, const __grid_constant__ Map ws, const __g
     return;
   }
   take_many_registers();
+  wait_for_input();
   const int part = warp / 4, mine = part * 64 + warp % 4 * 16 + lane / 4;  // row, and that 8 on
   const u32 staged = base + STAGES * STAGE + part * 2 * Y_BYTES;
   Written sums;

@@ -32,6 +32,7 @@ DEVICE void load(u32 to, const Map& from, int column, int row, u32 barrier) {
 DEVICE void release(u32 barrier) {
   if (threadIdx.x % 32 == 0) arrive(barrier);
 }
+// w and its lists may be read at once, they were complete before this was launched; what reads x or writes y waits
 DEVICE void begin(u32 base) {
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; ++s) init(base + FULL + 8 * s, 1), init(base + EMPTY + 8 * s, WARPS);
@@ -39,7 +40,6 @@ DEVICE void begin(u32 base) {
   }
   __syncthreads();
   let_next_begin();
-  wait_for_input();
 }
 DEVICE void store(const Map& to, int column, int row, u32 from) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];"

@@ -32,6 +32,7 @@ import kernels
 from kernels.limits import limits
 from kernels.native.library import library
 from kernels.network import Graph, Step, X, Y, lanes, step_s, write
+from scripts import options
 from scripts.kernel_peers import Layer
 
 Call = Callable[[], Tensor]
@@ -144,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--device", type=options.device, choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--sparsity", type=float, nargs="+", default=list(MARKS))
     parser.add_argument("--only", default="", help="cases whose name holds this")

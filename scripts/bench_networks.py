@@ -35,6 +35,7 @@ from nas.masks import attach, bake
 from nas.packing import PackedNetwork, pack
 from nas.provenance import provenance
 from nas.sparsity import Unstructured
+from scripts import options
 from search_spaces.cell import cell
 from search_spaces.sparsified import resnet
 
@@ -184,7 +185,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--only", nargs="*", choices=[case.name for case in CASES])
     p.add_argument("--sparsity", type=float, nargs="+", help="default .7 .8 .9, on a GPU .8 .9")
     p.add_argument("--batch", type=int, help="default 1, on a GPU 64")
-    p.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    p.add_argument("--device", type=options.device, choices=["cpu", "cuda"], default="cpu")
     p.add_argument("--threads", type=int, default=1)
     p.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     p.add_argument("--explain", action="store_true", help="print what each layer got")

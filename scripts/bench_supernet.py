@@ -29,6 +29,7 @@ from nas.provenance import provenance
 from nas.run import Record
 from nas.space import Space
 from nas.tasks import Task, load_task
+from scripts import options
 from search_spaces.cell import cell
 from strategies.bilevel import Bilevel
 from strategies.darts import Darts
@@ -41,7 +42,7 @@ def arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     p.add_argument("--task", choices=TASKS, default="cifar10")
     p.add_argument("--data", type=Path)
-    p.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    p.add_argument("--device", type=options.device, default="cuda", choices=("cuda", "cpu"))
     p.add_argument("--cells", type=int, default=8)
     p.add_argument("--channels", type=int, default=16)
     p.add_argument("--batches", type=int, nargs="*", default=[64, 256], help="timed alone")

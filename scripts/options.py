@@ -1,10 +1,28 @@
-"""NAME=VALUE options of a command line, checked against what takes them."""
+"""Options of command lines: NAME=VALUE pairs, checked against what takes them, and devices."""
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+
+def has_driver() -> bool:
+    """Whether this machine has an NVIDIA driver; asks no library, so that none is started."""
+    return Path("/dev/nvidiactl").exists()
+
+
+def device(name: str) -> str:
+    """The type of `--device`.
+
+    Raises:
+        argparse.ArgumentTypeError: it is cuda, and there is no driver.
+    """
+    if name == "cuda" and not has_driver():
+        raise argparse.ArgumentTypeError("cuda: there is no NVIDIA driver on this machine")
+    return name
 
 
 def pairs(texts: Sequence[str]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from nas.costs import COSTS
 from nas.data import TASKS, check_data
 from nas.problem import Direction, check_limits, make_problem
 from nas.store import read_json, read_tensors
-from scripts.options import check_known, pairs
+from scripts.options import check_known, has_driver, pairs
 
 if TYPE_CHECKING:
     from nas.evaluate import Evaluate
@@ -229,7 +229,7 @@ def check_options(arguments: dict[str, Any]) -> None:
             raise ValueError(f"objective {name!r} is none of {sorted({**METRICS, **COSTS})}")
     if arguments["weights"] and not arguments["weights"].exists():
         raise ValueError(f"--weights {arguments['weights']}: no such file")
-    if arguments["device"] == "cuda" and not Path("/dev/nvidiactl").exists():
+    if arguments["device"] == "cuda" and not has_driver():
         raise ValueError("--device cuda: there is no NVIDIA driver on this machine")
     for name in ("workers", "parent_epochs", "batch_size", "lr", "time_limit"):
         value = arguments[name]

@@ -1,6 +1,6 @@
 import pytest
 
-from scripts import bench_kernels, kernels_on_gpu
+from scripts import bench_kernels, kernels_on_gpu, options
 
 
 def test_drawn_cases_are_the_same_in_every_run_and_divide_into_their_blocks() -> None:
@@ -25,8 +25,12 @@ def test_drawn_cases_are_the_same_in_every_run_and_divide_into_their_blocks() ->
     ],
 )
 def test_what_does_not_go_together_is_refused(
-    given: list[str], law: str, capsys: pytest.CaptureFixture[str]
+    given: list[str],
+    law: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr(options, "has_driver", lambda: True)
     with pytest.raises(SystemExit):
         bench_kernels.main(given)
     assert law in capsys.readouterr().err

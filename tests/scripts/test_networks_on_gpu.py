@@ -12,7 +12,7 @@ from torch import nn
 from nas.masks import sparse_weights
 from nas.packing import devices
 from nas.packing.layer import Kernel
-from scripts import bench_networks, networks_on_gpu
+from scripts import bench_networks, networks_on_gpu, options
 from tests.pack_models import prefer
 
 
@@ -27,6 +27,7 @@ class Small(nn.Sequential):
 
 @pytest.fixture(autouse=True)
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(options, "has_driver", lambda: True)
     monkeypatch.setattr(networks_on_gpu, "DEVICE", "cpu")
     monkeypatch.setattr(networks_on_gpu, "SECONDS", 0.01)
     case = networks_on_gpu.Case("resnet-50", Small, (3, 8, 8))
@@ -45,8 +46,8 @@ def test_a_row_for_each_sparsity(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "found.json"
-    options = ["--device", "cuda", "--batch", "2", "--json", str(file)]
-    monkeypatch.setattr(sys, "argv", ["bench_networks.py", *options])
+    given = ["--device", "cuda", "--batch", "2", "--json", str(file)]
+    monkeypatch.setattr(sys, "argv", ["bench_networks.py", *given])
     assert bench_networks.main() == 0
     rows = json.loads(file.read_text())["rows"]
     assert [row["sparsity"] for row in rows] == [0.8, 0.9]

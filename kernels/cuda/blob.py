@@ -60,10 +60,10 @@ def read(data: Tensor) -> Blocks:
     """The parts of a packed weight.
 
     The index is checked when a tensor is met for the first time or after it was written to; that
-    waits for the device. Later calls find what was found then. Of an inference tensor it is not
-    seen that it was written to: load such a weight into a new one. A graph that was captured
-    before needs one call like this, outside of it, once a weight was written to; one of cuSPARSELt
-    stays with the old weight where the new one is not two of every four.
+    waits for the device. Later calls find what was found then. Of an inference tensor, and where
+    its `.data` is written to, that is not seen: load such a weight into a new one. A graph that
+    was captured before needs one call like this, outside of it, once a weight was written to; one
+    of cuSPARSELt stays with the old weight where the new one is not two of every four.
 
     Raises:
         ValueError: it is malformed, or was not packed for a GPU.

@@ -137,18 +137,41 @@ def block_mask(weight: Tensor, block: tuple[int, int]) -> Tensor:
 
 def gather(weight: Tensor, index: BlockIndex) -> Tensor:
     """The kept blocks of a matrix (out, taps * in): (blocks, h, w); differentiable."""
-    counts = index.starts.diff()
-    row = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
-    return _grid(weight, index.block)[row, index.columns].contiguous()
+    return _grid(weight, index.block)[_rows(index), index.columns].contiguous()
 
 
 def scatter(values: Tensor, index: BlockIndex) -> Tensor:
-    """The matrix (out, taps * in) of kept blocks (blocks, h, w), else zeros; differentiable."""
-    counts, (height, width) = index.starts.diff(), index.block
-    row = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
-    grid = values.new_zeros(len(counts), index.in_features // width, height, width)
-    grid = grid.index_put((row, index.columns), values)
+    """The matrix (out, taps * in) of kept blocks (blocks, h, w), else zeros; differentiable.
+
+    Of values that are `whole` it is a view.
+    """
+    if is_whole(values):
+        return values.reshape(index.out_features, index.in_features)
+    rows, height, columns, width = whole_shape(index)
+    grid = values.new_zeros(rows, columns, height, width)
+    grid = grid.index_put((_rows(index), index.columns), values)
     return grid.transpose(1, 2).reshape(index.out_features, index.in_features)
+
+
+def whole(values: Tensor, index: BlockIndex) -> Tensor:
+    """The matrix of kept blocks as (out / h, h, taps * in / w, w): values that hold it whole."""
+    return scatter(values, index).view(whole_shape(index))
+
+
+def whole_shape(index: BlockIndex) -> tuple[int, int, int, int]:
+    """Sizes of values that hold a weight whole."""
+    height, width = index.block
+    return index.out_features // height, height, index.in_features // width, width
+
+
+def is_whole(values: Tensor) -> bool:
+    """Whether values hold a weight whole, zeros where no block is kept, and not its blocks."""
+    return values.dim() == 4
+
+
+def block_of(values: Tensor) -> tuple[int, ...]:
+    """Rows and columns of a block of values, (blocks, h, w) or whole."""
+    return values.shape[1::2] if is_whole(values) else values.shape[1:]
 
 
 def flat(weight: Tensor) -> Tensor:
@@ -178,6 +201,13 @@ def mask_of(starts: Tensor, columns: Tensor, width: int) -> Tensor:
     mask = torch.zeros(len(counts), width, dtype=torch.bool, device=counts.device)
     mask[row, columns] = True
     return mask
+
+
+def _rows(index: BlockIndex) -> Tensor:
+    """The row of blocks of each place."""
+    counts = index.starts.diff()
+    rows = torch.arange(len(counts), device=counts.device)
+    return torch.repeat_interleave(rows, counts, output_size=len(index.columns))
 
 
 def _grid(weight: Tensor, block: tuple[int, int]) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels import calls
-from kernels.block_index import BlockIndex, blocks_of
+from kernels.block_index import BlockIndex, blocks_of, is_whole, whole_shape
 
 INDEX = "Tensor lists, Tensor groups"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -56,6 +56,12 @@ def index(
         f"{name}: the index, of {len(lists)} numbers, does not fit a weight of out={sizes[0]}, "
         f"in={sizes[1]} in blocks of {tuple(block)}"
     )
+
+
+def check_values(name: str, values: Tensor, x: Tensor, index: BlockIndex) -> None:
+    """Checks that values are those of an index, its blocks or `whole`; raises as `check`."""
+    blocks = (len(index.columns), *index.block)
+    check(name, "values", values, x, whole_shape(index) if is_whole(values) else blocks)
 
 
 def check(name: str, part: str, tensor: Tensor, x: Tensor, shape: Sequence[int]) -> None:

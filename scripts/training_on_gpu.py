@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kernels
-from kernels.block_index import flat, gather
+from kernels.block_index import flat, gather, is_whole, scatter, whole
 from scripts.gpu_timing import Work, block_mask, close
 
 Step = Callable[[], Sequence[Tensor]]
 Layer = kernels.BlockLinear | kernels.BlockConv2d
-TOKENS, SIZE, BLOCKS = 8192, 4096, (64, 128)
+TOKENS, FEW, SIZE, BLOCKS = 8192, 512, 4096, (64, 128, 32)
 IMAGES, CHANNELS, SIDES, SIDE = 64, 256, (28, 14), 64  # of convolutions; SIDE of their blocks
 WEIGHT, ALL = "weight gradient", "forward and backward"
 CALLS = 4  # in a graph
@@ -26,18 +26,23 @@ class Linear:
     """A square linear layer in bfloat16."""
 
     block: int
+    tokens: int = TOKENS
     name = "block_linear"
-    shape = f"{TOKENS} tokens, {SIZE}x{SIZE}"
+
+    @property
+    def shape(self) -> str:
+        """As rows of the table name it."""
+        return f"{self.tokens} tokens, {SIZE}x{SIZE}"
 
     def layer(self, sparsity: float) -> Layer:
         """The layer of blocks."""
         mask = block_mask((SIZE // self.block, SIZE // self.block), 1, sparsity)
         linear = nn.Linear(SIZE, SIZE, bias=False, device="cuda", dtype=torch.bfloat16)
-        return kernels.BlockLinear.of(linear, (self.block, self.block), mask)
+        return kernels.BlockLinear.of(linear, (self.block, self.block), mask, self.tokens)
 
     def activations(self) -> Tensor:
         """An input, or a gradient of the output."""
-        return torch.randn(TOKENS, SIZE, device="cuda").bfloat16()
+        return torch.randn(self.tokens, SIZE, device="cuda").bfloat16()
 
     def dense(self, x: Tensor, weight: Tensor) -> Tensor:
         """PyTorch's output."""
@@ -48,8 +53,9 @@ class Linear:
         return torch.mm(grad.t(), x)
 
     def grad(self, layer: Layer, grad: Tensor, x: Tensor) -> Tensor:
-        """Our gradient of the blocks."""
-        sample = torch.ops.sparse_nas.block_linear_weight_grad
+        """Our gradient of the values."""
+        ops, held = torch.ops.sparse_nas, is_whole(layer.values)
+        sample = ops.block_linear_masked_grad if held else ops.block_linear_weight_grad
         return sample(grad, x, layer.lists, layer.groups, *layer.index.block)
 
 
@@ -72,7 +78,8 @@ class Conv2d:
         mask = block_mask((blocks, blocks, 3, 3), 1, sparsity)
         conv = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, bias=False)
         conv = conv.to("cuda", torch.bfloat16)
-        return kernels.BlockConv2d.of(conv, (self.block, self.block), mask)
+        pixels = IMAGES * self.size**2
+        return kernels.BlockConv2d.of(conv, (self.block, self.block), mask, pixels)
 
     def activations(self) -> Tensor:
         """An input, or a gradient of the output."""
@@ -90,8 +97,9 @@ class Conv2d:
         return torch.ops.aten.convolution_backward(grad, x, weight, *how)[1]
 
     def grad(self, layer: Layer, grad: Tensor, x: Tensor) -> Tensor:
-        """Our gradient of the blocks."""
-        sample = torch.ops.sparse_nas.block_conv2d_weight_grad
+        """Our gradient of the values."""
+        ops, held = torch.ops.sparse_nas, is_whole(layer.values)
+        sample = ops.block_conv2d_masked_grad if held else ops.block_conv2d_weight_grad
         ones = (1, 1)
         walk = ((3, 3), ones, ones, ones)
         return sample(grad, x, layer.lists, layer.groups, layer.index.block, *walk)
@@ -119,20 +127,21 @@ class Training:
         x.requires_grad_()
         ours, dense = self._steps(layer, x, grad)
         products = 1 if self.operation == WEIGHT else 3
+        kept = gather(scatter(layer.values, layer.index), layer.index).detach()
         return Work(
             self.operation,
             self.of.shape,
             self.pattern,
             self.sparsity,
             self._correct(layer, ours(), x, grad),
-            self.of.name,
-            layer.values.detach(),
+            "dense" if is_whole(layer.values) else self.of.name,
+            kept,
             CALLS,
             lambda _: ours,
             lambda _: dense,
             {},
-            products * (x.nbytes + grad.nbytes + layer.values.nbytes),
-            products * 2.0 * layer.values.numel() * grad.numel() / grad.shape[1],
+            products * (x.nbytes + grad.nbytes + kept.nbytes),
+            products * 2.0 * kept.numel() * grad.numel() / grad.shape[1],
         )
 
     def _steps(self, layer: Layer, x: Tensor, grad: Tensor) -> tuple[Step, Step]:
@@ -154,6 +163,8 @@ class Training:
         true = _forward_and_backward(lambda: self.of.dense(*wide), wide, grad.double())
         weight = true[2] if true[2].dim() == 2 else flat(true[2])
         true = [*true[:2], gather(weight, layer.index)]
+        if is_whole(layer.values):
+            true[2] = whole(true[2], layer.index)
         wanted = true[2:] if self.operation == WEIGHT else true
         return all(close(y.detach(), t.detach()) for y, t in zip(found, wanted, strict=True))
 
@@ -168,7 +179,7 @@ def _forward_and_backward(
 
 def cases(sparsities: Sequence[float]) -> Iterator[Training]:
     """Of every layer and sparsity: the gradient of the weight, then the product with both."""
-    layers: list[Linear | Conv2d] = [*map(Linear, BLOCKS), *map(Conv2d, SIDES)]
+    layers: list[Linear | Conv2d] = [*map(Linear, BLOCKS), Linear(64, FEW), *map(Conv2d, SIDES)]
     for of in layers:
         for sparsity in sparsities:
             yield from (Training(operation, of, sparsity) for operation in (WEIGHT, ALL))

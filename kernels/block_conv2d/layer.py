@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.block_index import BlockIndex, flat, scatter, unflat
-from kernels.block_layer import BlockLayer, parts_of
+from kernels.block_layer import TOKENS, BlockLayer, parts_of
 from kernels.window import Pair, Window
 
 
@@ -14,7 +14,7 @@ class BlockConv2d(BlockLayer):
     A block is some output channels by some input channels at one position of the kernel.
 
     Attributes:
-        values: the parameter, (blocks, block rows, block columns).
+        values: the parameter, (blocks, block rows, block columns); or the weight whole, see `of`.
         bias: the parameter (out,), or None.
         window: kernel size, stride, padding and dilation.
     """
@@ -22,30 +22,39 @@ class BlockConv2d(BlockLayer):
     def __init__(
         self, window: Window, index: BlockIndex, values: Tensor, bias: Tensor | None = None
     ) -> None:
-        """Args: index of the weight as a matrix, see `flat`; values of it, bias (out,)."""
+        """Args: index of the weight as a matrix, see `flat`; values (or whole), bias (out,)."""
         super().__init__(index, values, bias)
         self.window = window
         self.in_channels, self.out_channels = index.channels, index.out_features
 
     @classmethod
     def of(
-        cls, conv: nn.Conv2d, block: tuple[int, int] = (64, 64), mask: Tensor | None = None
+        cls,
+        conv: nn.Conv2d,
+        block: tuple[int, int] = (64, 64),
+        mask: Tensor | None = None,
+        pixels: int = TOKENS,
     ) -> "BlockConv2d":
-        """The same layer, with copies of its numbers.
+        """The same layer, with copies of its numbers, on the device where it is to train.
+
+        On a GPU where dense is faster, by a rule of thumb, it holds the weight whole, (out / h, h,
+        taps * in / w, w), zeros elsewhere: convolutions are dense, and the gradient is masked.
 
         Args:
             conv: one whose weight is zero outside the kept blocks.
             block: output and input channels of a block.
             mask: (out / h, in / w, kernel height, kernel width) bool, the blocks to keep; None:
                 those that are not all zeros.
+            pixels: of the output that a step of training has, about: batch * height * width.
 
         Raises:
-            ValueError: the weight does not divide into such blocks, the mask is not of them, or
-                the convolution has groups or pads otherwise than with as many zeros on each side.
+            ValueError: the weight does not divide into such blocks, the mask is not of them, the
+                convolution has groups or pads otherwise than with as many zeros on each side, or
+                pixels are none.
         """
         window = _window(conv)
         kept = None if mask is None else _matrix_of(mask, conv, block)
-        parts = parts_of(flat(conv.weight), conv.bias, block, kept, window.taps)
+        parts = parts_of(flat(conv.weight), conv.bias, block, kept, pixels, window)
         return cls(window, *parts)
 
     def weight(self) -> Tensor:

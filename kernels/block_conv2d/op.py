@@ -1,7 +1,8 @@
 """`torch.ops.sparse_nas.block_conv2d`: x * W + b with kept blocks of W, and its gradients.
 
-All three operators are differentiable, each by the other two. Images may lie anyhow, and are given
-with their channels last in memory.
+All operators are differentiable, each by the others. Images may lie anyhow, and are given with
+their channels last in memory. Values are the kept blocks, or the weight held whole (`whole` of
+`kernels.block_index`): then the convolutions are dense, and the gradient of the values is masked.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from kernels import block_op, calls
 from kernels.block_conv2d import reference
-from kernels.block_index import BlockIndex, blocks_of
+from kernels.block_index import BlockIndex, block_of, blocks_of, gather, is_whole
 from kernels.block_op import INDEX
 from kernels.window import Window
 
@@ -23,6 +24,7 @@ _GRAD = f"Tensor grad, Tensor values, {INDEX}, SymInt in_channels, SymInt[2] siz
 INPUT_GRAD = f"block_conv2d_input_grad({_GRAD}) -> Tensor"
 _SAMPLED = f"Tensor grad, Tensor x, {INDEX}, SymInt[2] block, {_WALK}"
 WEIGHT_GRAD = f"block_conv2d_weight_grad({_SAMPLED}) -> Tensor"
+MASKED_GRAD = f"block_conv2d_masked_grad({_SAMPLED}) -> Tensor"
 Ints = Sequence[int]
 
 
@@ -37,8 +39,9 @@ def _forward(
 ) -> Tensor:
     name, window = "block_conv2d", _window(walk)
     _out(name, tuple(x.shape), out_channels, window)
-    index = _index(name, x, values.shape[1:], (lists, groups), (out_channels, x.shape[1]), window)
-    block_op.check(name, "values", values, x, (len(index.columns), *index.block))
+    sizes = (out_channels, x.shape[1])
+    index = _index(name, x, block_of(values), (lists, groups), sizes, window)
+    block_op.check_values(name, values, x, index)
     if bias is not None:
         block_op.check(name, "bias", bias, x, (out_channels,))
     return _on(x).forward(x, values, bias, index, window)
@@ -57,19 +60,42 @@ def _input_grad(
     x_shape = (len(grad), in_channels, size[0], size[1])
     out = _out(name, x_shape, sizes[0], window)
     block_op.check(name, "grad", grad, grad, out)
-    index = _index(name, grad, values.shape[1:], (lists, groups), sizes, window)
-    block_op.check(name, "values", values, grad, (len(index.columns), *index.block))
+    index = _index(name, grad, block_of(values), (lists, groups), sizes, window)
+    block_op.check_values(name, values, grad, index)
     return _on(grad).input_grad(grad, values, index, window, x_shape[2:])
 
 
 def _weight_grad(
     grad: Tensor, x: Tensor, lists: Tensor, groups: Tensor, block: Ints, *walk: Ints
 ) -> Tensor:
-    name, window, out_channels = "block_conv2d_weight_grad", _window(walk), _channels(grad)
+    return _on(x).weight_grad(
+        grad, x, *_walked("weight_grad", grad, x, lists, groups, block, walk)
+    )
+
+
+def _masked_grad(
+    grad: Tensor, x: Tensor, lists: Tensor, groups: Tensor, block: Ints, *walk: Ints
+) -> Tensor:
+    return _on(x).masked_grad(
+        grad, x, *_walked("masked_grad", grad, x, lists, groups, block, walk)
+    )
+
+
+def _walked(
+    kind: str,
+    grad: Tensor,
+    x: Tensor,
+    lists: Tensor,
+    groups: Tensor,
+    block: Ints,
+    walk: Sequence[Ints],
+) -> tuple[BlockIndex, Window]:
+    """The index and the window, which fit the output's gradient and x."""
+    name, window, out_channels = f"block_conv2d_{kind}", _window(walk), _channels(grad)
     out = _out(name, tuple(x.shape), out_channels, window)
     index = _index(name, x, block, (lists, groups), (out_channels, x.shape[1]), window)
     block_op.check(name, "grad", grad, x, out)
-    return _on(x).weight_grad(grad, x, index, window)
+    return index, window
 
 
 def _window(walk: Sequence[Ints]) -> Window:
@@ -137,6 +163,13 @@ def _fake_weight_grad(
     return x.new_empty((count, *block))
 
 
+def _fake_masked_grad(
+    grad: Tensor, x: Tensor, lists: Tensor, groups: Tensor, block: Ints, *walk: Ints
+) -> Tensor:
+    columns = _window(walk).taps * x.shape[1]
+    return x.new_empty((grad.shape[1] // block[0], block[0], columns // block[1], block[1]))
+
+
 def _images(x: Tensor, shape: Ints) -> Tensor:
     last = torch.channels_last
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=last)
@@ -150,10 +183,10 @@ def _save_forward(ctx: Any, inputs: Any, output: Tensor) -> None:
 def _forward_backward(ctx: Any, grad: Tensor) -> Any:
     x, values, *index = ctx.saved_tensors
     of_x, of_values, of_bias, *rest = ctx.needs_input_grad
-    sizes, block = (x.shape[1], x.shape[2:]), values.shape[1:]
+    sizes = (x.shape[1], x.shape[2:])
     return (
         _ops().block_conv2d_input_grad(grad, values, *index, *sizes, *ctx.walk) if of_x else None,
-        _ops().block_conv2d_weight_grad(grad, x, *index, block, *ctx.walk) if of_values else None,
+        _values_grad(values, grad, x, *index, walk=ctx.walk) if of_values else None,
         grad.sum((0, 2, 3)) if of_bias else None,
         *(None for _ in rest),
     )
@@ -167,12 +200,10 @@ def _save_input_grad(ctx: Any, inputs: Any, output: Tensor) -> None:
 def _input_grad_backward(ctx: Any, twice: Tensor) -> Any:
     grad, values, *index = ctx.saved_tensors
     of_grad, of_values, *rest = ctx.needs_input_grad
-    layer, block = (*index, grad.shape[1]), values.shape[1:]
+    layer = (*index, grad.shape[1])
     return (
         _ops().block_conv2d(twice, values, None, *layer, *ctx.walk) if of_grad else None,
-        _ops().block_conv2d_weight_grad(grad, twice, *index, block, *ctx.walk)
-        if of_values
-        else None,
+        _values_grad(values, grad, twice, *index, walk=ctx.walk) if of_values else None,
         *(None for _ in rest),
     )
 
@@ -180,6 +211,15 @@ def _input_grad_backward(ctx: Any, twice: Tensor) -> Any:
 def _save_weight_grad(ctx: Any, inputs: Any, output: Tensor) -> None:
     grad, x, lists, groups, _, *ctx.walk = inputs
     ctx.save_for_backward(grad, x, lists, groups)
+
+
+def _masked_grad_backward(ctx: Any, twice: Tensor) -> Any:
+    grad, x, lists, groups = ctx.saved_tensors
+    sizes, window = (grad.shape[1], x.shape[1]), _window(ctx.walk)
+    name = "block_conv2d_masked_grad"
+    index = _index(name, x, block_of(twice), (lists, groups), sizes, window)
+    matrix = twice.reshape(index.out_features, index.in_features)
+    return _weight_grad_backward(ctx, gather(matrix, index))
 
 
 def _weight_grad_backward(ctx: Any, twice: Tensor) -> Any:
@@ -193,6 +233,14 @@ def _weight_grad_backward(ctx: Any, twice: Tensor) -> Any:
     )
 
 
+def _values_grad(
+    values: Tensor, grad: Tensor, x: Tensor, *index: Tensor, walk: Sequence[Ints]
+) -> Any:
+    """The gradient of values: at the blocks, or whole as they are."""
+    kind = _ops().block_conv2d_masked_grad if is_whole(values) else _ops().block_conv2d_weight_grad
+    return kind(grad, x, *index, block_of(values), *walk)
+
+
 def _ops() -> Any:
     return torch.ops.sparse_nas
 
@@ -201,5 +249,8 @@ block_op.define(FORWARD, _forward, _fake_forward, _save_forward, _forward_backwa
 block_op.define(INPUT_GRAD, _input_grad, _fake_input_grad, _save_input_grad, _input_grad_backward)
 block_op.define(
     WEIGHT_GRAD, _weight_grad, _fake_weight_grad, _save_weight_grad, _weight_grad_backward
+)
+block_op.define(
+    MASKED_GRAD, _masked_grad, _fake_masked_grad, _save_weight_grad, _masked_grad_backward
 )
 block_op.autocast("block_conv2d")

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from kernels.block_index import BlockIndex, flat, gather, scatter, unflat
+from kernels.block_index import BlockIndex, flat, gather, scatter, unflat, whole
 from kernels.window import Window
 
 
@@ -32,6 +32,11 @@ def weight_grad(grad: Tensor, x: Tensor, index: BlockIndex, window: Window) -> T
     shape = (index.out_features, index.channels, *window.kernel)
     weight = conv2d_weight(x, shape, grad, *window.pairs)  # type: ignore[no-untyped-call]
     return gather(flat(weight), index)
+
+
+def masked_grad(grad: Tensor, x: Tensor, index: BlockIndex, window: Window) -> Tensor:
+    """Gives the gradient of values that are `kernels.block_index.whole`, zeros but at blocks."""
+    return whole(weight_grad(grad, x, index, window), index)
 
 
 def _weight(values: Tensor, index: BlockIndex, window: Window) -> Tensor:

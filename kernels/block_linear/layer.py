@@ -4,37 +4,45 @@ import torch
 from torch import Tensor, nn
 
 from kernels.block_index import BlockIndex, scatter
-from kernels.block_layer import BlockLayer, parts_of
+from kernels.block_layer import TOKENS, BlockLayer, parts_of
 
 
 class BlockLinear(BlockLayer):
     """`nn.Linear` with a weight of which only some blocks are kept; it trains them alone.
 
     Attributes:
-        values: the parameter, (blocks, block rows, block columns).
+        values: the parameter, (blocks, block rows, block columns); or the weight whole, see `of`.
         bias: the parameter (out,), or None.
     """
 
     def __init__(self, index: BlockIndex, values: Tensor, bias: Tensor | None = None) -> None:
-        """Args: values (blocks, h, w) as `gather` gives them of a weight, bias (out,)."""
+        """Args: values as `gather` or `whole` of `kernels.block_index` give them, bias (out,)."""
         super().__init__(index, values, bias)
         self.in_features, self.out_features = index.in_features, index.out_features
 
     @classmethod
     def of(
-        cls, linear: nn.Linear, block: tuple[int, int] = (64, 64), mask: Tensor | None = None
+        cls,
+        linear: nn.Linear,
+        block: tuple[int, int] = (64, 64),
+        mask: Tensor | None = None,
+        tokens: int = TOKENS,
     ) -> "BlockLinear":
-        """The same layer, with copies of its numbers.
+        """The same layer, with copies of its numbers, on the device where it is to train.
+
+        On a GPU where dense is faster, by a rule of thumb, it holds the weight whole, (out / h, h,
+        in / w, w), zeros elsewhere: products are dense, and the gradient is masked.
 
         Args:
             linear: one whose weight is zero outside the kept blocks.
             block: rows and columns of a block.
             mask: (out / h, in / w) bool, the blocks to keep; None: those that are not all zeros.
+            tokens: that a step of training has, about.
 
         Raises:
-            ValueError: the weight does not divide into such blocks.
+            ValueError: the weight does not divide into such blocks, or tokens are none.
         """
-        return cls(*parts_of(linear.weight, linear.bias, block, mask))
+        return cls(*parts_of(linear.weight, linear.bias, block, mask, tokens))
 
     def weight(self) -> Tensor:
         """The weight (out, in), zeros where no block is kept; differentiable."""

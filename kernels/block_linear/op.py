@@ -1,6 +1,8 @@
 """`torch.ops.sparse_nas.block_linear`: x W^T + b with kept blocks of W, and its gradients.
 
-All three operators are differentiable, each by the other two.
+All operators are differentiable, each by the others. Values are the kept blocks, or the weight
+held whole (`whole` of `kernels.block_index`): then the products are dense, and the gradient of the
+values is masked.
 """
 
 from typing import Any
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels import block_op
-from kernels.block_index import blocks_of
+from kernels.block_index import BlockIndex, block_of, blocks_of, gather, is_whole
 from kernels.block_linear import reference
 from kernels.block_op import INDEX
 
@@ -19,6 +21,7 @@ _GRAD = f"Tensor grad, Tensor values, {INDEX}, SymInt in_features"
 INPUT_GRAD = f"block_linear_input_grad({_GRAD}) -> Tensor"
 _SAMPLED = f"Tensor grad, Tensor x, {INDEX}, SymInt height, SymInt width"
 WEIGHT_GRAD = f"block_linear_weight_grad({_SAMPLED}) -> Tensor"
+MASKED_GRAD = f"block_linear_masked_grad({_SAMPLED}) -> Tensor"
 
 
 def _forward(
@@ -30,8 +33,8 @@ def _forward(
     out_features: int,
 ) -> Tensor:
     sizes = out_features, _features(x)
-    index = block_op.index("block_linear", x, lists, groups, sizes, values.shape[1:])
-    block_op.check("block_linear", "values", values, x, (len(index.columns), *index.block))
+    index = block_op.index("block_linear", x, lists, groups, sizes, block_of(values))
+    block_op.check_values("block_linear", values, x, index)
     if bias is not None:
         block_op.check("block_linear", "bias", bias, x, (out_features,))
     tokens = x.reshape(-1, x.shape[-1])
@@ -41,11 +44,9 @@ def _forward(
 def _input_grad(
     grad: Tensor, values: Tensor, lists: Tensor, groups: Tensor, in_features: int
 ) -> Tensor:
-    sizes = _features(grad), in_features
-    index = block_op.index("block_linear_input_grad", grad, lists, groups, sizes, values.shape[1:])
-    block_op.check(
-        "block_linear_input_grad", "values", values, grad, (len(index.columns), *index.block)
-    )
+    name, sizes = "block_linear_input_grad", (_features(grad), in_features)
+    index = block_op.index(name, grad, lists, groups, sizes, block_of(values))
+    block_op.check_values(name, values, grad, index)
     tokens = grad.reshape(-1, grad.shape[-1])
     return _on(grad).input_grad(tokens, values, index).view(*grad.shape[:-1], in_features)
 
@@ -53,10 +54,23 @@ def _input_grad(
 def _weight_grad(
     grad: Tensor, x: Tensor, lists: Tensor, groups: Tensor, height: int, width: int
 ) -> Tensor:
-    sizes = _features(grad), _features(x)
-    index = block_op.index("block_linear_weight_grad", x, lists, groups, sizes, (height, width))
-    block_op.check("block_linear_weight_grad", "grad", grad, x, (*x.shape[:-1], sizes[0]))
-    return _on(x).weight_grad(grad.reshape(-1, sizes[0]), x.reshape(-1, sizes[1]), index)
+    return _on(x).weight_grad(*_pair("weight_grad", grad, x, lists, groups, height, width))
+
+
+def _masked_grad(
+    grad: Tensor, x: Tensor, lists: Tensor, groups: Tensor, height: int, width: int
+) -> Tensor:
+    return _on(x).masked_grad(*_pair("masked_grad", grad, x, lists, groups, height, width))
+
+
+def _pair(
+    kind: str, grad: Tensor, x: Tensor, lists: Tensor, groups: Tensor, height: int, width: int
+) -> tuple[Tensor, Tensor, BlockIndex]:
+    """The tokens of the output's gradient and of x, and the index."""
+    name, sizes = f"block_linear_{kind}", (_features(grad), _features(x))
+    index = block_op.index(name, x, lists, groups, sizes, (height, width))
+    block_op.check(name, "grad", grad, x, (*x.shape[:-1], sizes[0]))
+    return grad.reshape(-1, sizes[0]), x.reshape(-1, sizes[1]), index
 
 
 def _features(x: Tensor) -> int:
@@ -96,6 +110,12 @@ def _fake_weight_grad(
     return x.new_empty((count, height, width))
 
 
+def _fake_masked_grad(
+    grad: Tensor, x: Tensor, lists: Tensor, groups: Tensor, height: int, width: int
+) -> Tensor:
+    return x.new_empty((grad.shape[-1] // height, height, x.shape[-1] // width, width))
+
+
 def _save_forward(ctx: Any, inputs: Any, output: Tensor) -> None:
     x, values, _, *index, _ = inputs
     ctx.save_for_backward(x, values, *index)
@@ -106,7 +126,7 @@ def _forward_backward(ctx: Any, grad: Tensor) -> Any:
     of_x, of_values, of_bias, *_ = ctx.needs_input_grad
     return (
         _ops().block_linear_input_grad(grad, values, *index, x.shape[-1]) if of_x else None,
-        _ops().block_linear_weight_grad(grad, x, *index, *values.shape[1:]) if of_values else None,
+        _values_grad(values, grad, x, *index) if of_values else None,
         grad.reshape(-1, grad.shape[-1]).sum(0) if of_bias else None,
         *(None, None, None),
     )
@@ -120,10 +140,9 @@ def _save_input_grad(ctx: Any, inputs: Any, output: Tensor) -> None:
 def _input_grad_backward(ctx: Any, twice: Tensor) -> Any:
     grad, values, *index = ctx.saved_tensors
     of_grad, of_values, *_ = ctx.needs_input_grad
-    block = values.shape[1:]
     return (
         _ops().block_linear(twice, values, None, *index, grad.shape[-1]) if of_grad else None,
-        _ops().block_linear_weight_grad(grad, twice, *index, *block) if of_values else None,
+        _values_grad(values, grad, twice, *index) if of_values else None,
         *(None, None, None),
     )
 
@@ -131,6 +150,13 @@ def _input_grad_backward(ctx: Any, twice: Tensor) -> Any:
 def _save_weight_grad(ctx: Any, inputs: Any, output: Tensor) -> None:
     grad, x, *index, _, _ = inputs
     ctx.save_for_backward(grad, x, *index)
+
+
+def _masked_grad_backward(ctx: Any, twice: Tensor) -> Any:
+    grad, x, lists, groups = ctx.saved_tensors
+    name, sizes = "block_linear_masked_grad", (grad.shape[-1], x.shape[-1])
+    index = block_op.index(name, x, lists, groups, sizes, block_of(twice))
+    return _weight_grad_backward(ctx, gather(twice.reshape(sizes), index))
 
 
 def _weight_grad_backward(ctx: Any, twice: Tensor) -> Any:
@@ -143,6 +169,12 @@ def _weight_grad_backward(ctx: Any, twice: Tensor) -> Any:
     )
 
 
+def _values_grad(values: Tensor, grad: Tensor, x: Tensor, *index: Tensor) -> Any:
+    """The gradient of values: at the blocks, or whole as they are."""
+    kind = _ops().block_linear_masked_grad if is_whole(values) else _ops().block_linear_weight_grad
+    return kind(grad, x, *index, *block_of(values))
+
+
 def _ops() -> Any:
     return torch.ops.sparse_nas
 
@@ -151,5 +183,8 @@ block_op.define(FORWARD, _forward, _fake_forward, _save_forward, _forward_backwa
 block_op.define(INPUT_GRAD, _input_grad, _fake_input_grad, _save_input_grad, _input_grad_backward)
 block_op.define(
     WEIGHT_GRAD, _weight_grad, _fake_weight_grad, _save_weight_grad, _weight_grad_backward
+)
+block_op.define(
+    MASKED_GRAD, _masked_grad, _fake_masked_grad, _save_weight_grad, _masked_grad_backward
 )
 block_op.autocast("block_linear")

@@ -1,14 +1,20 @@
-"""Block-sparse linear and its gradients, the plain truth: for each row of blocks one product."""
+"""Block-sparse linear and its gradients, the plain truth: for each row of blocks one product.
+
+Of values that hold the weight whole (`kernels.block_index.whole`) it is the dense product.
+"""
 
 from itertools import pairwise
 
 from torch import Tensor
+from torch.nn import functional as F
 
-from kernels.block_index import BlockIndex
+from kernels.block_index import BlockIndex, gather, is_whole, scatter, whole
 
 
 def forward(x: Tensor, values: Tensor, bias: Tensor | None, index: BlockIndex) -> Tensor:
     """Gives x W^T + b (tokens, out) of x (tokens, in), values (blocks, h, w), bias (out,)."""
+    if is_whole(values):
+        return F.linear(x, scatter(values, index), bias)
     height, width = index.block
     y = x.new_zeros(len(x), index.out_features // height, height)
     parts = x.reshape(len(x), index.in_features // width, width)
@@ -21,6 +27,8 @@ def forward(x: Tensor, values: Tensor, bias: Tensor | None, index: BlockIndex) -
 
 def input_grad(grad: Tensor, values: Tensor, index: BlockIndex) -> Tensor:
     """Gives grad W (tokens, in), the gradient of x, of grad (tokens, out)."""
+    if is_whole(values):
+        return grad @ scatter(values, index)
     height, width = index.block
     given = grad.new_zeros(len(grad), index.in_features // width, width)
     parts = grad.reshape(len(grad), index.out_features // height, height)
@@ -40,3 +48,8 @@ def weight_grad(grad: Tensor, x: Tensor, index: BlockIndex) -> Tensor:
         found = rows[:, row].t() @ parts[:, index.columns[begin:end]].flatten(1)
         given[begin:end] = found.view(height, end - begin, width).transpose(0, 1)
     return given
+
+
+def masked_grad(grad: Tensor, x: Tensor, index: BlockIndex) -> Tensor:
+    """Gives the gradient of values that are whole: grad^T x at the blocks, else zeros."""
+    return whole(gather(grad.t() @ x, index), index)

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from kernels.block_conv2d import reference
-from kernels.block_index import BlockIndex, flat, unflat
+from kernels.block_index import BlockIndex, flat, is_whole, unflat, whole_shape
 from kernels.cuda import block_linear, linear
 from kernels.cuda.conv2d import aligned, empty, images, pixels
 from kernels.cuda.rounding import narrowed, precision
 from kernels.window import Pair, Window
 
 ONE = (1, 1)
+_SLOWER = 1.17  # times as long as a linear layer of as many multiply-adds
 _SWITCH = Lock()  # autograd has a thread for each device
 
 
@@ -29,7 +30,7 @@ def forward(
         return images(block_linear.forward(pixels(last), values, bias, index), out)
     from kernels.cuda import implicit, many, whole  # not at the top: Triton comes where needed
 
-    if not _pays(index, x.dtype, out, window):
+    if is_whole(values) or not pays(index, x.dtype, out, window):
         weight = unflat(whole.matrix_of(values, index), window.kernel)
         return _dense(last, weight, bias, window)
     walk = many.by_rows(index, linear.aligned(values))
@@ -55,7 +56,7 @@ def input_grad(
         return spread(small, window.stride, size)
     from kernels.cuda import implicit, many, whole
 
-    if not _pays(index, grad.dtype, grad.shape, window):
+    if is_whole(values) or not pays(index, grad.dtype, grad.shape, window):
         weight = unflat(whole.matrix_of(values, index), window.kernel)
         return _dense(aligned(grad), weight, None, window, to=size)
     turned = turned_window(window)
@@ -77,7 +78,7 @@ def weight_grad(grad: Tensor, x: Tensor, index: BlockIndex, window: Window) -> T
     from kernels.cuda import sampled_conv2d, whole
 
     alike = narrowed(x.dtype, True) in ("", "matmul conv")  # as our kernels round it
-    if alike and not _pays(index, x.dtype, grad.shape, window, of_weight=True):
+    if alike and not pays(index, x.dtype, grad.shape, window, of_weight=True):
         found = _dense_weight_grad(aligned(grad), aligned(x), index, window)
         return whole.blocks_of(flat(found), index)
     given = (index, aligned(grad), aligned(x), window)
@@ -85,7 +86,21 @@ def weight_grad(grad: Tensor, x: Tensor, index: BlockIndex, window: Window) -> T
         return sampled_conv2d.weight_grad(*given, precision=precision())
 
 
-def _pays(
+def masked_grad(grad: Tensor, x: Tensor, index: BlockIndex, window: Window) -> Tensor:
+    """See `kernels.block_conv2d.reference`; float32 is rounded as PyTorch's convolutions do."""
+    if not block_linear.takes(x, index):
+        return reference.masked_grad(grad, x, index, window)
+    if window.of_pixels:
+        return block_linear.masked_grad(pixels(aligned(grad)), pixels(aligned(x)), index)
+    from kernels.cuda import whole
+
+    found = _dense_weight_grad(aligned(grad), aligned(x), index, window)
+    matrix = flat(found).contiguous()
+    whole.mask_(matrix, index)
+    return matrix.view(whole_shape(index))
+
+
+def pays(
     index: BlockIndex,
     dtype: torch.dtype,
     out: Sequence[int],
@@ -93,8 +108,32 @@ def _pays(
     of_weight: bool = False,
 ) -> bool:
     """Whether our kernels are faster than PyTorch's; of what is dilated that was not measured."""
-    count = prod(out) // out[1]
-    return window.dilation != ONE or block_linear.pays(index, dtype, count, of_weight)
+    if window.dilation != ONE:
+        return True
+    pixels = prod(out) // out[1]
+    dense = _dense_us(index, dtype, pixels, of_weight) + block_linear.moving(index, dtype)
+    return _blocks_us(index, dtype, pixels, of_weight) <= dense
+
+
+def trains_dense(index: BlockIndex, dtype: torch.dtype, pixels: int, window: Window) -> bool:
+    """Whether a step of training takes less time where the weight is held whole."""
+    if not block_linear.fits(index, dtype):
+        return True
+    each = (index, dtype, pixels)
+    times = [(_blocks_us(*each, part), _dense_us(*each, part)) for part in block_linear.PARTS]
+    return window.dilation == ONE and block_linear.whole_pays(index, dtype, times)
+
+
+def _blocks_us(index: BlockIndex, dtype: torch.dtype, pixels: int, of_weight: bool) -> float:
+    """Microseconds of our kernels on an H200."""
+    each = _SLOWER * block_linear.factor(index, dtype, of_weight)
+    return (7 if of_weight else 2) + each * block_linear.compute(index, dtype, pixels)
+
+
+def _dense_us(index: BlockIndex, dtype: torch.dtype, pixels: int, of_weight: bool) -> float:
+    """Microseconds of cuDNN's."""
+    least, each = (14, 1.05) if of_weight else (7, 0.95)
+    return least + each * block_linear.compute(index, dtype, pixels)
 
 
 def _dense(

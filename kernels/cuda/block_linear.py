@@ -1,12 +1,13 @@
 """`torch.ops.sparse_nas.block_linear` and its gradients on a GPU: Triton's kernels, or PyTorch."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.block_index import BlockIndex
+from kernels.block_index import BlockIndex, is_whole, whole_shape
 from kernels.block_linear import reference
 from kernels.cuda.blocks import DTYPES, SIZES
 from kernels.cuda.driver import has_triton
@@ -27,7 +28,10 @@ _OF_WEIGHT = {
 }
 _FLOP = {"16 bits": 750e6, "ieee": 50e6, "tf32": 425e6}  # of a dense product in a microsecond
 _MOVED = 2.4e6  # bytes of a matrix that `whole` writes or reads in a microsecond
+_READ = 3.2e6  # bytes of a weight that a dense product reads in a microsecond
 _BEGINNING = 2.0  # microseconds
+PARTS = (False, False, True)  # of a step of training: whether it is the weight's gradient
+_STEP = 0.6  # microseconds of a block of up to 64 columns, of few tokens
 
 
 def forward(x: Tensor, values: Tensor, bias: Tensor | None, index: BlockIndex) -> Tensor:
@@ -36,7 +40,7 @@ def forward(x: Tensor, values: Tensor, bias: Tensor | None, index: BlockIndex) -
         return reference.forward(x, values, bias, index)
     from kernels.cuda import many, whole  # not at the top: Triton comes where it is needed
 
-    if not pays(index, x.dtype, len(x)):
+    if is_whole(values) or not pays(index, x.dtype, len(x)):
         with uncast(x):
             return F.linear(x, whole.matrix_of(values, index), bias)
     walk, bias = many.by_rows(index, aligned(values)), None if bias is None else bias.contiguous()
@@ -50,7 +54,7 @@ def input_grad(grad: Tensor, values: Tensor, index: BlockIndex) -> Tensor:
         return reference.input_grad(grad, values, index)
     from kernels.cuda import many, whole
 
-    if not pays(index, grad.dtype, len(grad)):
+    if is_whole(values) or not pays(index, grad.dtype, len(grad)):
         with uncast(grad):
             return grad @ whole.matrix_of(values, index)
     walk = many.by_columns(index, aligned(values))
@@ -71,10 +75,26 @@ def weight_grad(grad: Tensor, x: Tensor, index: BlockIndex) -> Tensor:
         return sampled.weight_grad(index, aligned(grad), aligned(x), precision=precision())
 
 
+def masked_grad(grad: Tensor, x: Tensor, index: BlockIndex) -> Tensor:
+    """See `kernels.block_linear.reference`."""
+    if not takes(x, index):
+        return reference.masked_grad(grad, x, index)
+    from kernels.cuda import whole
+
+    with uncast(x):
+        matrix = grad.t() @ x
+    whole.mask_(matrix, index)
+    return matrix.view(whole_shape(index))
+
+
 def takes(x: Tensor, index: BlockIndex) -> bool:
     """Whether the kernels multiply x, whose first size is not 0, by such blocks."""
-    fits = x.dtype in DTYPES and set(index.block) <= set(SIZES)
-    return fits and len(x) > 0 and has_triton()
+    return len(x) > 0 and fits(index, x.dtype)
+
+
+def fits(index: BlockIndex, dtype: torch.dtype) -> bool:
+    """Whether the kernels multiply such numbers by such blocks."""
+    return dtype in DTYPES and set(index.block) <= set(SIZES) and has_triton()
 
 
 def uncast(x: Tensor) -> torch.autocast:
@@ -85,17 +105,72 @@ def uncast(x: Tensor) -> torch.autocast:
 def pays(index: BlockIndex, dtype: torch.dtype, tokens: int, of_weight: bool = False) -> bool:
     """Whether our kernels are faster than a dense product and `whole`, by a rule of thumb.
 
-    Microseconds are those of an H200.
-
     Args:
         index: of the blocks.
         dtype: of what is multiplied, of two or four bytes.
         tokens: or pixels of the output.
         of_weight: for the weight's gradient, not a product with it.
     """
-    kind = precision() if dtype is torch.float32 else "16 bits"
-    cost = (_OF_WEIGHT if of_weight else _WITH_WEIGHT)[kind][min(index.block)]
+    dense = _dense(index, dtype, tokens) + moving(index, dtype)
+    return _blocks(index, dtype, tokens, of_weight) <= dense
+
+
+def trains_dense(index: BlockIndex, dtype: torch.dtype, tokens: int) -> bool:
+    """Whether a step of training takes less time where the weight is held whole."""
+    if not fits(index, dtype):
+        return True
+    dense = _dense(index, dtype, tokens)
+    times = [(_blocks(index, dtype, tokens, part), dense) for part in PARTS]
+    return whole_pays(index, dtype, times)
+
+
+def whole_pays(
+    index: BlockIndex, dtype: torch.dtype, times: Sequence[tuple[float, float]]
+) -> bool:
+    """Whether a whole weight, its gradient masked, takes less time than one held as blocks.
+
+    Times are microseconds of our kernels and of dense, of each part of a step.
+    """
     weights = index.out_features * index.in_features
-    kept = len(index.columns) * math.prod(index.block) / weights
-    dense = 2 * tokens * weights / _FLOP[kind]
-    return kept * cost * dense <= dense + _BEGINNING + weights * dtype.itemsize / _MOVED
+    masking = _BEGINNING + (1 - kept(index)) * weights * dtype.itemsize / _MOVED
+    blocks = sum(min(own, dense + moving(index, dtype)) for own, dense in times)
+    return sum(dense for _, dense in times) + masking < blocks
+
+
+def compute(index: BlockIndex, dtype: torch.dtype, tokens: int) -> float:
+    """Microseconds of the dense multiply-adds, on an H200 as all others here."""
+    return 2 * tokens * index.out_features * index.in_features / _FLOP[_kind(dtype)]
+
+
+def factor(index: BlockIndex, dtype: torch.dtype, of_weight: bool) -> float:
+    """How many times as long our kernels take for what is kept."""
+    cost = (_OF_WEIGHT if of_weight else _WITH_WEIGHT)[_kind(dtype)][min(index.block)]
+    return kept(index) * cost
+
+
+def kept(index: BlockIndex) -> float:
+    """The share of the weight that is kept."""
+    return len(index.columns) * math.prod(index.block) / (index.out_features * index.in_features)
+
+
+def moving(index: BlockIndex, dtype: torch.dtype) -> float:
+    """Microseconds of making the whole weight of its blocks, or taking them out of it."""
+    return _BEGINNING + index.out_features * index.in_features * dtype.itemsize / _MOVED
+
+
+def _blocks(index: BlockIndex, dtype: torch.dtype, tokens: int, of_weight: bool) -> float:
+    """Microseconds of our kernels; of few tokens a product walks a row of blocks in steps."""
+    steps = kept(index) * index.in_features / min(index.block[1], 64)
+    least = 0.0 if of_weight else _STEP * steps
+    needed = factor(index, dtype, of_weight) * compute(index, dtype, tokens)
+    return _BEGINNING + max(needed, least)
+
+
+def _dense(index: BlockIndex, dtype: torch.dtype, tokens: int) -> float:
+    """Microseconds of a dense product."""
+    read = index.out_features * index.in_features * dtype.itemsize / _READ
+    return _BEGINNING + max(compute(index, dtype, tokens), read)
+
+
+def _kind(dtype: torch.dtype) -> str:
+    return precision() if dtype is torch.float32 else "16 bits"

@@ -7,14 +7,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.block_index import BlockIndex
+from kernels.block_index import BlockIndex, is_whole
+from kernels.cuda.many import after, early
 
 _TILE = 4096  # weights that a program moves
 _LISTED = tl.constexpr(128)  # columns of a row that are looked through at once
 
 
 def matrix_of(values: Tensor, index: BlockIndex) -> Tensor:
-    """Gives the matrix (out, taps * in) of kept blocks (blocks, h, w), contiguous; else zeros."""
+    """Gives the matrix (out, taps * in) of kept blocks (blocks, h, w), contiguous; else zeros.
+
+    Of values that are `kernels.block_index.whole` it is a view.
+    """
+    if is_whole(values):
+        return values.reshape(index.out_features, index.in_features)
     matrix = values.new_empty(index.out_features, index.in_features)
     _each(_unpacked, matrix, values.contiguous(), index)
     return matrix
@@ -27,30 +33,32 @@ def blocks_of(matrix: Tensor, index: BlockIndex) -> Tensor:
     return values
 
 
+def mask_(matrix: Tensor, index: BlockIndex) -> None:
+    """Writes zeros into a contiguous matrix (out, taps * in), where no block is kept."""
+    _each(_masked, matrix, matrix, index)
+
+
 def _each(kernel: Any, matrix: Tensor, values: Tensor, index: BlockIndex) -> None:
+    """Launched before the kernel before it has ended (9.0 and newer), for which it waits."""
     height, width = index.block
     rows, columns = len(index.starts) - 1, index.in_features // width
     group = max(1, _TILE // (height * width))
+    soon = values.is_cuda and torch.cuda.get_device_capability(values.device)[0] >= 9
     with torch.cuda.device(values.device):
         kernel[(rows, triton.cdiv(columns, group))](
             matrix, values, index.starts, index.columns, columns,
-            HEIGHT=height, WIDTH=width, GROUP=group,
+            HEIGHT=height, WIDTH=width, GROUP=group, EARLY=soon, **early(soon),
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["count"])
 def _unpacked(
     matrix, values, starts, columns, count,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    after(EARLY)
     row, column = tl.program_id(0), tl.program_id(1) * GROUP + tl.arange(0, GROUP)
-    begin, end = tl.load(starts + row), tl.load(starts + row + 1)
-    place = tl.full([GROUP], -1, tl.int32)
-    for first in range(begin, end, _LISTED):
-        places = first + tl.arange(0, _LISTED)
-        listed = tl.load(columns + places, mask=places < end, other=-1)
-        found = tl.where(column[:, None] == listed[None, :], places[None, :], -1)
-        place = tl.maximum(place, tl.max(found, 1))
+    place = _found(row, column, starts, columns, GROUP)
     at, held = _places(row, column, place, count, HEIGHT, WIDTH)
     block = tl.load(values + held, mask=(place >= 0)[:, None, None], other=0)
     tl.store(matrix + at, block, mask=(column < count)[:, None, None])
@@ -59,8 +67,9 @@ def _unpacked(
 @triton.jit(do_not_specialize=["count"])
 def _gathered(
     matrix, values, starts, columns, count,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    after(EARLY)
     row = tl.program_id(0)
     place = tl.load(starts + row) + tl.program_id(1) * GROUP + tl.arange(0, GROUP)
     kept = place < tl.load(starts + row + 1)
@@ -68,6 +77,32 @@ def _gathered(
     at, held = _places(row, column, place, count, HEIGHT, WIDTH)
     kept = kept[:, None, None]
     tl.store(values + held, tl.load(matrix + at, mask=kept, other=0), mask=kept)
+
+
+@triton.jit(do_not_specialize=["count"])
+def _masked(
+    matrix, values, starts, columns, count,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    after(EARLY)
+    row, column = tl.program_id(0), tl.program_id(1) * GROUP + tl.arange(0, GROUP)
+    place = _found(row, column, starts, columns, GROUP)
+    at, _ = _places(row, column, place, count, HEIGHT, WIDTH)
+    none = tl.zeros([GROUP, HEIGHT, WIDTH], matrix.dtype.element_ty)
+    tl.store(matrix + at, none, mask=((place < 0) & (column < count))[:, None, None])
+
+
+@triton.jit
+def _found(row, column, starts, columns, GROUP: tl.constexpr):
+    """The places of the blocks of a row in these columns, -1 where none is kept."""
+    begin, end = tl.load(starts + row), tl.load(starts + row + 1)
+    place = tl.full([GROUP], -1, tl.int32)
+    for first in range(begin, end, _LISTED):
+        places = first + tl.arange(0, _LISTED)
+        listed = tl.load(columns + places, mask=places < end, other=-1)
+        found = tl.where(column[:, None] == listed[None, :], places[None, :], -1)
+        place = tl.maximum(place, tl.max(found, 1))
+    return place
 
 
 @triton.jit

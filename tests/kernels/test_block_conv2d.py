@@ -11,7 +11,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kernels
-from kernels.block_index import BlockIndex, block_index, block_mask, flat, gather, scatter, unflat
+from kernels.block_index import (
+    BlockIndex,
+    block_index,
+    block_mask,
+    flat,
+    gather,
+    scatter,
+    unflat,
+    whole,
+)
 from kernels.window import Window
 from tests.kernels import draws
 
@@ -40,11 +49,17 @@ def drawn(
     return draws.numbers(seed, len(index.columns), *block).double(), index
 
 
-def layer(stride: int = 1, kernel: tuple[int, int] = (3, 2)) -> kernels.BlockConv2d:
-    """Of 6 to 8 channels in blocks of 4 x 2."""
+def layer(
+    stride: int = 1, kernel: tuple[int, int] = (3, 2), held: bool = False
+) -> kernels.BlockConv2d:
+    """Of 6 to 8 channels in blocks of 4 x 2; held: whole."""
     conv = nn.Conv2d(6, 8, kernel, stride, padding=1)
     mask = draws.weight(1, (2, 3, *kernel), 0.4, 1).ne(0)
-    return kernels.BlockConv2d.of(conv, (4, 2), mask)
+    net = kernels.BlockConv2d.of(conv, (4, 2), mask)
+    if not held:
+        return net
+    values = whole(net.values.detach(), net.index)
+    return kernels.BlockConv2d(net.window, net.index, values, net.bias)
 
 
 def dense(net: kernels.BlockConv2d, x: Tensor) -> Tensor:
@@ -58,6 +73,7 @@ def dense(net: kernels.BlockConv2d, x: Tensor) -> Tensor:
     density=draws.densities,
     with_bias=st.booleans(),
     last=st.booleans(),
+    held=st.booleans(),
     seed=draws.seeds,
 )
 def test_it_is_the_masked_convolution_and_so_are_its_gradients(
@@ -66,10 +82,12 @@ def test_it_is_the_masked_convolution_and_so_are_its_gradients(
     density: float,
     with_bias: bool,
     last: bool,
+    held: bool,
     seed: int,
 ) -> None:
-    values, index = drawn(seed, conv.weight_shape, block, density)
-    values.requires_grad_()
+    blocks, index = drawn(seed, conv.weight_shape, block, density)
+    blocks.requires_grad_()
+    values = whole(blocks, index).detach().requires_grad_() if held else blocks
     x = draws.numbers(seed, conv.images, index.channels, *conv.size).double()
     layout = torch.channels_last if last else torch.contiguous_format
     x = x.contiguous(memory_format=layout).requires_grad_()
@@ -77,21 +95,22 @@ def test_it_is_the_masked_convolution_and_so_are_its_gradients(
     walk = (conv.stride, conv.padding, conv.dilation)
     layer = (index.lists, index.groups, index.out_features, conv.kernel)
     y = ops.block_conv2d(x, values, bias, *layer, *walk)
-    true = F.conv2d(x, unflat(scatter(values, index), conv.kernel), bias, *walk)
+    true = F.conv2d(x, unflat(scatter(blocks, index), conv.kernel), bias, *walk)
     assert y.shape == true.shape
     assert y.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(y, true)
-    given_by = [x, values, *([] if bias is None else [bias])]
+    given_by = [x, *([] if bias is None else [bias])]
     grad = draws.numbers(seed + 1, *y.shape).double()
-    found = torch.autograd.grad(y, given_by, grad)
-    wanted = torch.autograd.grad(true, given_by, grad)
+    *found, of_values = torch.autograd.grad(y, [*given_by, values], grad)
+    *wanted, of_blocks = torch.autograd.grad(true, [*given_by, blocks], grad)
     torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(of_values, whole(of_blocks, index) if held else of_blocks)
 
 
 @settings(max_examples=10, deadline=None)
-@given(conv=convs, block=blocks, density=draws.densities, seed=draws.seeds)
+@given(conv=convs, block=blocks, density=draws.densities, held=st.booleans(), seed=draws.seeds)
 def test_gradients_are_those_of_differences_twice(
-    conv: draws.Conv, block: tuple[int, int], density: float, seed: int
+    conv: draws.Conv, block: tuple[int, int], density: float, held: bool, seed: int
 ) -> None:
     values, index = drawn(seed, conv.weight_shape, block, density)
     values.requires_grad_()
@@ -101,6 +120,7 @@ def test_gradients_are_those_of_differences_twice(
 
     def call(x: Tensor, values: Tensor, bias: Tensor) -> Tensor:
         walk = (conv.stride, conv.padding, conv.dilation)
+        values = whole(values, index) if held else values
         return ops.block_conv2d(x, values, bias, *layer, *walk)
 
     assert torch.autograd.gradcheck(call, (x, values, bias), fast_mode=True)
@@ -154,11 +174,12 @@ def test_autocast_is_that_of_a_convolution(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("narrow", [False, True])
-@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("stride", "held"), [(1, False), (2, False), (2, True)])
 def test_it_compiles_as_one_graph_forwards_and_backwards(
-    stride: int, narrow: bool, dynamic: bool
+    stride: int, held: bool, narrow: bool, dynamic: bool
 ) -> None:
-    net, x = layer(stride), draws.numbers(0, 2, 6, 7, 5).requires_grad_()
+    net, x = layer(stride, held=held), draws.numbers(0, 2, 6, 7, 5).requires_grad_()
+    torch._dynamo.reset()  # it counts what the tests before compiled
     compiled: Any = torch.compile(net, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     grads: list[tuple[Tensor, Tensor]] = []
     for call in (net, compiled):
@@ -183,7 +204,14 @@ def test_torch_s_own_checks_pass(stride: int, kernel: tuple[int, int]) -> None:
     torch.library.opcheck(forward, (x, net.values, None, *index, 8, *walk))
     given = (grad, net.values, *index, 6, (7, 5), *walk)
     torch.library.opcheck(ops.block_conv2d_input_grad.default, given)
-    torch.library.opcheck(ops.block_conv2d_weight_grad.default, (grad, x, *index, (4, 2), *walk))
+    sampled = (grad, x, *index, (4, 2), *walk)
+    torch.library.opcheck(ops.block_conv2d_weight_grad.default, sampled)
+    values = whole(net.values.detach(), net.index).requires_grad_()
+    torch.library.opcheck(forward, (x, values, net.bias, *index, 8, *walk))
+    torch.library.opcheck(
+        ops.block_conv2d_input_grad.default, (grad, values, *index, 6, (7, 5), *walk)
+    )
+    torch.library.opcheck(ops.block_conv2d_masked_grad.default, sampled)
 
 
 def test_inputs_may_lie_anyhow() -> None:
@@ -212,8 +240,9 @@ def test_a_layer_is_made_of_a_convolution() -> None:
     )
 
 
-def test_a_layer_trains_its_blocks_alone() -> None:
-    net = layer()
+@pytest.mark.parametrize("held", [False, True])
+def test_a_layer_trains_its_blocks_alone(held: bool) -> None:
+    net = layer(held=held)
     before = flat(net.weight()).detach().clone()
     kept = block_mask(before, (4, 2))
     optimiser = torch.optim.SGD(net.parameters(), lr=0.1, weight_decay=0.1)
@@ -224,8 +253,9 @@ def test_a_layer_trains_its_blocks_alone() -> None:
     assert (gather(after, net.index) != gather(before, net.index)).any()
 
 
-def test_a_saved_layer_loads_into_one_of_other_blocks() -> None:
-    net = layer()
+@pytest.mark.parametrize("held", [False, True])
+def test_a_saved_layer_loads_into_one_of_other_blocks(held: bool) -> None:
+    net = layer(held=held)
     mask = draws.weight(1, (2, 3, 3, 2), 0.4, 1).ne(0).flip(0, 3)
     other = kernels.BlockConv2d.of(nn.Conv2d(6, 8, (3, 2), padding=1), (4, 2), mask)
     assert set(net.state_dict()) == {"values", "bias", "lists"}
@@ -286,5 +316,7 @@ def test_what_no_layer_can_be_made_of_is_named() -> None:
         kernels.BlockConv2d.of(nn.Conv2d(8, 8, 3), (5, 2))
     with pytest.raises(ValueError, match=r"mask must be \(2, 4, 3, 3\), got \(2, 4\)"):
         kernels.BlockConv2d.of(nn.Conv2d(8, 8, 3), (4, 2), torch.ones(2, 4).bool())
+    with pytest.raises(ValueError, match="tokens or pixels of a step must be at least 1, got 0"):
+        kernels.BlockConv2d.of(nn.Conv2d(8, 8, 3), (4, 2), pixels=0)
     with pytest.raises(ValueError, match=r"needs a bool mask.*\(2, 10\), \(4, 4\), 9"):
         block_index(torch.ones(2, 10).bool(), (4, 4), 9)

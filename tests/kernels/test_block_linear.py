@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kernels
-from kernels.block_index import BlockIndex, block_index, block_mask, gather, scatter
+from kernels.block_index import BlockIndex, block_index, block_mask, gather, scatter, whole
 from tests.kernels import draws
 
 ops = torch.ops.sparse_nas
@@ -29,11 +29,16 @@ def drawn(
     return weight, block_index(mask, block)
 
 
-def layer(rows: int = 6, columns: int = 5, block: tuple[int, int] = (4, 2)) -> kernels.BlockLinear:
-    weight, _ = drawn(1, (rows, columns), block, 0.4)
-    linear = nn.Linear(weight.shape[1], weight.shape[0])
+def layer(held: bool = False) -> kernels.BlockLinear:
+    """Of 10 inputs and 24 outputs in blocks of 4 x 2; held: whole."""
+    weight, index = drawn(1, (6, 5), (4, 2), 0.4)
+    linear = nn.Linear(10, 24)
     linear.weight.data = weight.float()
-    return kernels.BlockLinear.of(linear, block)
+    net = kernels.BlockLinear.of(linear, (4, 2))
+    if not held:
+        return net
+    values = whole(net.values.detach(), index)
+    return kernels.BlockLinear(index, values, linear.bias.detach().clone())
 
 
 @settings(max_examples=60, deadline=None)
@@ -44,6 +49,7 @@ def layer(rows: int = 6, columns: int = 5, block: tuple[int, int] = (4, 2)) -> k
     density=draws.densities,
     shape=st.sampled_from([(), (1,), (7,), (2, 3), (0,), (2, 0)]),
     with_bias=st.booleans(),
+    held=st.booleans(),
     seed=draws.seeds,
 )
 def test_it_is_the_masked_layer_and_so_are_its_gradients(
@@ -53,27 +59,37 @@ def test_it_is_the_masked_layer_and_so_are_its_gradients(
     density: float,
     shape: tuple[int, ...],
     with_bias: bool,
+    held: bool,
     seed: int,
 ) -> None:
     weight, index = drawn(seed, (rows, columns), block, density)
-    values = gather(weight, index).requires_grad_()
+    blocks = gather(weight, index).requires_grad_()
+    values = whole(blocks, index).detach().requires_grad_() if held else blocks
     x = draws.numbers(seed, *shape, weight.shape[1]).double().requires_grad_()
     bias = draws.numbers(seed, len(weight)).double().requires_grad_() if with_bias else None
     y = ops.block_linear(x, values, bias, index.lists, index.groups, len(weight))
-    true = F.linear(x, scatter(values, index), bias)
+    true = F.linear(x, scatter(blocks, index), bias)
     assert y.shape == true.shape
     torch.testing.assert_close(y, true)
-    given_by = [x, values, *([] if bias is None else [bias])]
+    given_by = [x, *([] if bias is None else [bias])]
     grad = draws.numbers(seed + 1, *y.shape).double()
-    found = torch.autograd.grad(y, given_by, grad)
-    wanted = torch.autograd.grad(true, given_by, grad)
+    *found, of_values = torch.autograd.grad(y, [*given_by, values], grad)
+    *wanted, of_blocks = torch.autograd.grad(true, [*given_by, blocks], grad)
     torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(of_values, whole(of_blocks, index) if held else of_blocks)
 
 
 @settings(max_examples=20, deadline=None)
-@given(rows=sizes, columns=sizes, block=blocks, density=draws.densities, seed=draws.seeds)
+@given(
+    rows=sizes,
+    columns=sizes,
+    block=blocks,
+    density=draws.densities,
+    held=st.booleans(),
+    seed=draws.seeds,
+)
 def test_gradients_are_those_of_differences_twice(
-    rows: int, columns: int, block: tuple[int, int], density: float, seed: int
+    rows: int, columns: int, block: tuple[int, int], density: float, held: bool, seed: int
 ) -> None:
     weight, index = drawn(seed, (rows, columns), block, density)
     values = draws.numbers(seed, len(index.columns), *block).double().requires_grad_()
@@ -81,6 +97,7 @@ def test_gradients_are_those_of_differences_twice(
     bias = draws.numbers(seed, len(weight)).double().requires_grad_()
 
     def call(x: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+        values = whole(values, index) if held else values
         return ops.block_linear(x, values, bias, index.lists, index.groups, len(weight))
 
     assert torch.autograd.gradcheck(call, (x, values, bias), fast_mode=True)
@@ -144,8 +161,12 @@ def test_autocast_is_that_of_a_linear_layer(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("narrow", [False, True])
-def test_it_compiles_as_one_graph_forwards_and_backwards(narrow: bool, dynamic: bool) -> None:
-    net, x = layer(), draws.numbers(0, 7, 10).requires_grad_()
+@pytest.mark.parametrize("held", [False, True])
+def test_it_compiles_as_one_graph_forwards_and_backwards(
+    held: bool, narrow: bool, dynamic: bool
+) -> None:
+    net, x = layer(held), draws.numbers(0, 7, 10).requires_grad_()
+    torch._dynamo.reset()  # it counts what the tests before compiled
     compiled: Any = torch.compile(net, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     grads: list[tuple[Tensor, Tensor]] = []
     for call in (net, compiled):
@@ -168,6 +189,10 @@ def test_torch_s_own_checks_pass() -> None:
     torch.library.opcheck(ops.block_linear.default, (x, net.values, None, *index, 24))
     torch.library.opcheck(ops.block_linear_input_grad.default, (grad, net.values, *index, 10))
     torch.library.opcheck(ops.block_linear_weight_grad.default, (grad, x, *index, 4, 2))
+    values = whole(net.values.detach(), net.index).requires_grad_()
+    torch.library.opcheck(ops.block_linear.default, (x, values, net.bias, *index, 24))
+    torch.library.opcheck(ops.block_linear_input_grad.default, (grad, values, *index, 10))
+    torch.library.opcheck(ops.block_linear_masked_grad.default, (grad, x, *index, 4, 2))
 
 
 def test_inputs_may_lie_anyhow() -> None:
@@ -180,12 +205,15 @@ def test_inputs_may_lie_anyhow() -> None:
     torch.testing.assert_close(net.values.grad, again)
 
 
-def test_a_layer_trains_its_blocks_alone() -> None:
-    net = layer()
+@pytest.mark.parametrize("held", [False, True])
+def test_a_layer_trains_its_blocks_alone(held: bool) -> None:
+    net = layer(held)
     kept, before = block_mask(net.weight(), (4, 2)), net.weight().detach().clone()
-    optimiser = torch.optim.SGD(net.parameters(), lr=0.1, weight_decay=0.1)
-    net(draws.numbers(0, 7, 10)).square().sum().backward()
-    optimiser.step()
+    optimiser = torch.optim.AdamW(net.parameters(), lr=0.1, weight_decay=0.1)
+    for _ in range(3):
+        optimiser.zero_grad()
+        net(draws.numbers(0, 7, 10)).square().sum().backward()
+        optimiser.step()
     assert torch.equal(block_mask(net.weight(), (4, 2)), kept)
     assert (gather(net.weight(), net.index) != gather(before, net.index)).any()
 
@@ -202,17 +230,33 @@ def test_a_saved_layer_loads_into_one_of_other_blocks() -> None:
     assert torch.equal(other.lists, net.lists) and torch.equal(other.groups, net.groups)
 
 
+@pytest.mark.parametrize("held", [False, True])
+def test_a_layer_held_whole_loads_blocks_and_they_load_it(held: bool) -> None:
+    net, other = layer(held), layer(not held)
+    assert ("held whole" in repr(net)) == held
+    assert net.weight().shape == (24, 10) and torch.equal(net.weight(), other.weight())
+    with torch.no_grad():
+        net.values.mul_(3)
+    other.load_state_dict(net.state_dict())
+    assert other.values.dim() == (3 if held else 4)
+    assert torch.equal(net.weight(), other.weight())
+    small = kernels.BlockLinear.of(nn.Linear(10, 24), (4, 2), torch.ones(6, 5).bool())
+    with pytest.raises(RuntimeError, match="size mismatch for lists"):
+        small.load_state_dict(net.state_dict())
+
+
+@pytest.mark.parametrize("held", [False, True])
 @pytest.mark.parametrize(
     ("name", "at", "value"),
     [("columns", 0, 5), ("columns", 0, -1), ("starts", 0, 1), ("starts", 2, 99)],
 )
-def test_a_forged_index_is_not_loaded(name: str, at: int, value: int) -> None:
+def test_a_forged_index_is_not_loaded(name: str, at: int, value: int, held: bool) -> None:
     net = layer()
     state = {key: tensor.clone() for key, tensor in net.state_dict().items()}
     part: Tensor = getattr(replace(net.index, lists=state["lists"]), name)
     part[at] = value
     with pytest.raises(ValueError, match=f"block index: {name} must be"):
-        net.load_state_dict(state)
+        layer(held).load_state_dict(state)
 
 
 def test_what_does_not_fit_is_named() -> None:
@@ -224,6 +268,8 @@ def test_what_does_not_fit_is_named() -> None:
         ops.block_linear(x, net.values, None, lists[1:], groups, 24)
     with pytest.raises(ValueError, match=r"values must be torch\.float32"):
         ops.block_linear(x, net.values.double(), None, lists, groups, 24)
+    with pytest.raises(ValueError, match=r"values must be torch\.float32 \(6, 4, 5, 2\)"):
+        ops.block_linear(x, torch.ones(5, 4, 6, 2), None, lists, groups, 24)
     with pytest.raises(ValueError, match=r"bias must be torch\.float32 \(24,\)"):
         ops.block_linear(x, net.values, torch.ones(23), lists, groups, 24)
     with pytest.raises(ValueError, match="lists and groups must be contiguous int32 on cpu"):

@@ -10,8 +10,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kernels
-from kernels.block_index import BlockIndex, block_index, flat, scatter, unflat
-from kernels.cuda import block_linear
+from kernels.block_index import (
+    BlockIndex,
+    block_index,
+    flat,
+    gather,
+    is_whole,
+    scatter,
+    unflat,
+    whole,
+)
+from kernels.cuda import block_conv2d, block_linear
 from kernels.cuda.blocks import SIZES
 from kernels.cuda.rounding import precision
 from kernels.window import Window
@@ -47,12 +56,14 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def ours(monkeypatch: pytest.MonkeyPatch) -> None:
     """Our kernels are taken, also where a dense product was faster."""
-    monkeypatch.setattr(block_linear, "pays", lambda *_, **__: True)
+    for module in (block_linear, block_conv2d):
+        monkeypatch.setattr(module, "pays", lambda *_, **__: True)
 
 
 def take_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of itself it adds in one order."""
-    monkeypatch.setattr(block_linear, "pays", lambda *_, **__: False)
+    for module in (block_linear, block_conv2d):
+        monkeypatch.setattr(module, "pays", lambda *_, **__: False)
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
 
 
@@ -86,8 +97,9 @@ def images(dtype: torch.dtype, *shape: int) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def layer(dtype: torch.dtype = torch.bfloat16) -> kernels.BlockConv2d:
+def layer(dtype: torch.dtype = torch.bfloat16, held: bool = False) -> kernels.BlockConv2d:
     values, index = drawn((4, 4), (64, 64), PLAIN, 0.3, dtype)
+    values = whole(values, index) if held else values
     return kernels.BlockConv2d(PLAIN, index, values, torch.randn(256, device="cuda").to(dtype))
 
 
@@ -106,7 +118,7 @@ def gradients(
     """The output, and the gradients of x, values and bias."""
     given = [part.detach().requires_grad_() for part in (x, values, bias) if part is not None]
     own = x.dtype in NARROW and set(index.block) <= set(SIZES)  # PyTorch refuses to be asked so
-    own = own and block_linear.pays(index, x.dtype, 1)
+    own = own and block_linear.pays(index, x.dtype, 1) and not is_whole(values)
     with poisoned() if own else nullcontext():
         to = given[2] if bias is not None else None
         y = ops.block_conv2d(given[0], given[1], to, *of_layer(index, window))
@@ -121,14 +133,18 @@ def check(
     window: Window,
     bound: float | None = None,
 ) -> None:
-    """Against float64 on what the kernels are given, twice: bit-equal."""
-    wide = [part.double().requires_grad_() for part in (x, values, bias) if part is not None]
+    """Against float64 on what the kernels are given, twice: bit-equal; values may be whole."""
+    blocks = gather(scatter(values, index), index)
+    wide = [part.double().requires_grad_() for part in (x, blocks, bias) if part is not None]
     weight = unflat(scatter(wide[1], index), window.kernel)
     true = F.conv2d(wide[0], weight, wide[2] if bias is not None else None, *window.pairs)
     grad = torch.randn(true.shape, device="cuda").to(x.dtype)
     found = gradients(x, values, bias, index, window, grad)
     again = gradients(x, values, bias, index, window, grad)
     wanted = [true.detach(), *torch.autograd.grad(true, wide, grad.double())]
+    if is_whole(values):
+        wanted[2] = whole(wanted[2], index)
+        assert not found[2][wanted[2] == 0].any()
     for i, (mine, same, its) in enumerate(zip(found, again, wanted, strict=True)):
         assert mine.dtype is x.dtype and mine.shape == its.shape
         assert i > 1 or mine.is_contiguous(memory_format=torch.channels_last)
@@ -162,6 +178,34 @@ def test_where_dense_is_faster(
     x = images(dtype, size[0], index.channels, *size[1:])
     check(x, values, None, index, window)
     check(x, values, torch.randn(index.out_features, device="cuda").to(dtype), index, window)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("size", [(1, 7, 9), (40, 28, 28)])
+def test_values_held_whole(
+    size: tuple[int, int, int],
+    dtype: torch.dtype,
+    window: Window,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    take_dense(monkeypatch)
+    values, index = drawn((3, 5), (64, 32), window, 0.8, dtype)
+    values, x = whole(values, index), images(dtype, size[0], index.channels, *size[1:])
+    check(x, values, None, index, window)
+    check(x, values, torch.randn(index.out_features, device="cuda").to(dtype), index, window)
+
+
+@pytest.mark.parametrize(
+    ("block", "dtype"), [((24, 10), torch.float32), ((64, 32), torch.float64)]
+)
+@pytest.mark.parametrize("count", [0, 7])
+def test_values_held_whole_that_no_kernel_takes(
+    count: int, block: tuple[int, int], dtype: torch.dtype
+) -> None:
+    values, index = drawn((6, 5), block, PLAIN, 0.4, dtype)
+    x = images(dtype, count, index.channels, 9, 9)
+    check(x, whole(values, index), None, index, PLAIN)
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -248,11 +292,11 @@ def test_autocast(dtype: torch.dtype) -> None:
         assert near(mine, its.double(), 2 * BOUND[dtype])
 
 
-@pytest.mark.parametrize("dense", [False, True])
-def test_a_captured_step_is_the_step(dense: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if dense:
+@pytest.mark.parametrize("way", ["blocks", "dense", "whole"])
+def test_a_captured_step_is_the_step(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if way == "dense":
         take_dense(monkeypatch)
-    net, x = layer(), images(torch.bfloat16, 64, 256, 8, 8).requires_grad_()
+    net, x = layer(held=way == "whole"), images(torch.bfloat16, 64, 256, 8, 8).requires_grad_()
     given = [x, *net.parameters()]
 
     def step() -> tuple[Tensor, ...]:
@@ -275,10 +319,11 @@ def test_a_captured_step_is_the_step(dense: bool, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("held", [False, True])
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")  # torch's own
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")  # torch's own, too
-def test_it_compiles_as_one_graph(mode: str) -> None:
-    net, x = layer(), images(torch.bfloat16, 64, 256, 8, 8)
+def test_it_compiles_as_one_graph(held: bool, mode: str) -> None:
+    net, x = layer(held=held), images(torch.bfloat16, 64, 256, 8, 8)
     compiled = torch.compile(net, fullgraph=True, mode=mode)
     for _ in range(3):
         grads = []
@@ -289,6 +334,21 @@ def test_it_compiles_as_one_graph(mode: str) -> None:
             grads.append(net.values.grad.clone())
         assert near(grads[1], grads[0].double(), 4e-3)
         x = torch.randn_like(x)
+
+
+@pytest.mark.parametrize(("kept", "held"), [(1, True), (0.1, False)])
+def test_a_layer_where_dense_trains_faster_is_held_whole(kept: float, held: bool) -> None:
+    conv = nn.Conv2d(256, 256, 3, padding=1, device="cuda", dtype=torch.bfloat16)
+    mask = torch.rand(4, 4, 3, 3) < kept
+    net = kernels.BlockConv2d.of(conv, (64, 64), mask, 64 * 28 * 28)
+    assert is_whole(net.values) == held
+    x = images(torch.bfloat16, 5, 256, 9, 9)
+    y = net(x)
+    assert near(y, F.conv2d(x, net.weight(), net.bias, padding=1).double(), 4e-3)
+    y.float().square().mean().backward()
+    torch.optim.AdamW(net.parameters(), lr=0.1).step()
+    zeros = ~mask.repeat_interleave(64, 0).repeat_interleave(64, 1).cuda()
+    assert not net.weight()[zeros].any()
 
 
 def test_a_layer_moves() -> None:

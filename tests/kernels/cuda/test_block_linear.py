@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kernels
-from kernels.block_index import BlockIndex, block_index, gather, scatter
+from kernels.block_index import BlockIndex, block_index, gather, is_whole, scatter
+from kernels.block_index import whole as held_whole
 from kernels.cuda import block_linear
 from kernels.cuda.blocks import SIZES
 from kernels.cuda.rounding import precision
@@ -67,7 +68,7 @@ def gradients(
     """The output, and the gradients of x, values and bias."""
     given = [part.detach().requires_grad_() for part in (x, values, bias) if part is not None]
     own = x.dtype in NARROW and set(index.block) <= set(SIZES)  # cuBLAS refuses to be asked so
-    own = own and block_linear.pays(index, x.dtype, 1)
+    own = own and block_linear.pays(index, x.dtype, 1) and not is_whole(values)
     with poisoned() if own else nullcontext():
         to = given[2] if bias is not None else None
         y = ops.block_linear(given[0], given[1], to, index.lists, index.groups, grad.shape[-1])
@@ -77,13 +78,17 @@ def gradients(
 def check(
     x: Tensor, values: Tensor, bias: Tensor | None, index: BlockIndex, bound: float | None = None
 ) -> None:
-    """Against float64 on what the kernels are given, twice: bit-equal."""
+    """Against float64 on what the kernels are given, twice: bit-equal; values may be whole."""
     grad = torch.randn(*x.shape[:-1], index.out_features, device="cuda").to(x.dtype)
     found = gradients(x, values, bias, index, grad)
     again = gradients(x, values, bias, index, grad)
-    wide = [part.double().requires_grad_() for part in (x, values, bias) if part is not None]
+    blocks = gather(scatter(values, index), index)
+    wide = [part.double().requires_grad_() for part in (x, blocks, bias) if part is not None]
     true = F.linear(wide[0], scatter(wide[1], index), *wide[2:])
     wanted = [true.detach(), *torch.autograd.grad(true, wide, grad.double())]
+    if is_whole(values):
+        wanted[2] = held_whole(wanted[2], index)
+        assert not found[2][wanted[2] == 0].any()
     for mine, same, its in zip(found, again, wanted, strict=True):
         assert mine.dtype is x.dtype and mine.shape == its.shape
         assert not mine.isnan().any() and torch.equal(mine, same)
@@ -114,6 +119,17 @@ def test_where_dense_is_faster(
     check(x, values, torch.randn(index.out_features, device="cuda").to(dtype), index)
 
 
+@pytest.mark.parametrize("block", [*BLOCKS, (24, 10)])
+@pytest.mark.parametrize("dtype", [*NARROW, torch.float64])
+def test_values_held_whole(dtype: torch.dtype, block: tuple[int, int]) -> None:
+    values, index = drawn((6, 9), block, 0.8, dtype)
+    values = held_whole(values, index)
+    for shape in ((200,), (2, 3), (0,)):
+        x = torch.randn(*shape, index.in_features, device="cuda").to(dtype)
+        check(x, values, None, index)
+        check(x, values, torch.randn(index.out_features, device="cuda").to(dtype), index)
+
+
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("density", [0.0, 0.5, 1.0])
@@ -127,6 +143,10 @@ def test_blocks_as_a_matrix_and_back(
         matrix = whole.matrix_of(values, index)
         assert torch.equal(whole.blocks_of(matrix, index), values)
     assert torch.equal(matrix, scatter(values, index))
+    matrix.add_(1)
+    wanted = scatter(gather(matrix, index), index)
+    whole.mask_(matrix, index)
+    assert torch.equal(matrix, wanted)
 
 
 @pytest.mark.parametrize(("size", "block"), [(4096, 64), (4096, 128), (4096, 32), (8192, 64)])
@@ -196,11 +216,12 @@ def test_autocast(dtype: torch.dtype) -> None:
         assert near(mine, its.double(), 2 * BOUND[dtype])
 
 
-@pytest.mark.parametrize("dense", [False, True])
-def test_a_captured_step_is_the_step(dense: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if dense:
+@pytest.mark.parametrize("way", ["blocks", "dense", "whole"])
+def test_a_captured_step_is_the_step(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if way == "dense":
         take_dense(monkeypatch)
     values, index = drawn((8, 8), (64, 64), 0.3, torch.bfloat16)
+    values = held_whole(values, index) if way == "whole" else values
     net = kernels.BlockLinear(index, values, torch.randn(512, device="cuda").bfloat16())
     x = torch.randn(500, 512, device="cuda").bfloat16().requires_grad_()
     given = [x, *net.parameters()]
@@ -225,10 +246,12 @@ def test_a_captured_step_is_the_step(dense: bool, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("held", [False, True])
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")  # torch's own
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")  # torch's own, too
-def test_it_compiles_as_one_graph(mode: str) -> None:
+def test_it_compiles_as_one_graph(held: bool, mode: str) -> None:
     values, index = drawn((8, 8), (64, 64), 0.3, torch.bfloat16)
+    values = held_whole(values, index) if held else values
     net = kernels.BlockLinear(index, values, torch.randn(512, device="cuda").bfloat16())
     x = torch.randn(500, 512, device="cuda").bfloat16()
     compiled = torch.compile(net, fullgraph=True, mode=mode)
@@ -241,6 +264,26 @@ def test_it_compiles_as_one_graph(mode: str) -> None:
             grads.append(net.values.grad.clone())
         assert near(grads[1], grads[0].double(), 4e-3)
         x = torch.randn_like(x)
+
+
+@pytest.mark.parametrize(("kept", "tokens", "held"), [(1, 8192, True), (0.1, 8192, False)])
+def test_a_layer_where_dense_trains_faster_is_held_whole(
+    kept: float, tokens: int, held: bool
+) -> None:
+    linear = nn.Linear(1024, 1024, device="cuda", dtype=torch.bfloat16)
+    mask = torch.rand(16, 16) < kept
+    net = kernels.BlockLinear.of(linear, (64, 64), mask, tokens)
+    assert is_whole(net.values) == held
+    x = torch.randn(300, 1024, device="cuda").bfloat16()
+    for place in ("cpu", "cuda"):
+        found = net.to(place)(x.to(place))
+        true = F.linear(x.double(), net.weight().double().cuda(), linear.bias.double())
+        assert near(found.cuda(), true, 4e-3)
+    optimiser = torch.optim.AdamW(net.parameters(), lr=0.1)
+    net(x).float().square().mean().backward()
+    optimiser.step()
+    zeros = ~mask.repeat_interleave(64, 0).repeat_interleave(64, 1).cuda()
+    assert not net.weight()[zeros].any()
 
 
 def test_a_layer_moves() -> None:

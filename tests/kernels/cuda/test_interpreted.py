@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from kernels.block_conv2d import reference as of_images
 from kernels.block_index import BlockIndex, block_index, flat, scatter
+from kernels.block_index import whole as held_whole
 from kernels.block_linear import reference
 from kernels.calls import ACTIVATIONS
 from kernels.cuda import blob, pack
@@ -177,7 +178,7 @@ def images(dtype: torch.dtype, *shape: int) -> torch.Tensor:
 @pytest.fixture
 def bulk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """The CPU is taken for a GPU, which has a copy engine or not."""
-    from kernels.cuda import block_linear, implicit, many
+    from kernels.cuda import block_conv2d, block_linear, implicit, many
 
     def brings(x: torch.Tensor, stride: tuple[int, int], _: str) -> bool:
         return bool(request.param) and not any(
@@ -186,7 +187,8 @@ def bulk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> boo
 
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     monkeypatch.setattr(implicit, "brings", brings)
-    monkeypatch.setattr(block_linear, "pays", lambda *_, **__: True)
+    for module in (block_linear, block_conv2d):
+        monkeypatch.setattr(module, "pays", lambda *_, **__: True)
     monkeypatch.setattr(many, "gdc_wait", lambda: None)
     monkeypatch.setattr(many, "gdc_launch_dependents", lambda: None)
     return bool(request.param)
@@ -254,6 +256,11 @@ def test_where_dense_is_faster(
         assert close(given, reference.input_grad(grad.double(), *wide))
         found = block_linear.weight_grad(grad, x, index)
         assert close(found, reference.weight_grad(grad.double(), x.double(), index))
+        held = held_whole(values, index)
+        assert torch.equal(block_linear.forward(x, held, bias, index), y)
+        assert torch.equal(block_linear.input_grad(grad, held, index), given)
+        masked = block_linear.masked_grad(grad, x, index)
+        assert torch.equal(masked, held_whole(found, index))
         with torch.autocast("cpu", torch.bfloat16):  # a backward pass within it
             assert torch.equal(block_linear.input_grad(grad, values, index), given)
             assert torch.equal(block_linear.weight_grad(grad, x, index), found)
@@ -267,7 +274,8 @@ def test_where_a_dense_convolution_is_faster(
 
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    monkeypatch.setattr(block_linear, "pays", lambda *_, **__: False)
+    for of in (block_linear, block_conv2d):
+        monkeypatch.setattr(of, "pays", lambda *_, **__: False)
     for module, name in (
         *((many, "by_rows"), (many, "by_columns")),
         *((sampled, "weight_grad"), (sampled_conv2d, "weight_grad")),
@@ -287,6 +295,11 @@ def test_where_a_dense_convolution_is_faster(
     assert close(given, of_images.input_grad(grad.double(), *wide, size))
     found = block_conv2d.weight_grad(grad, x, index, window)
     assert close(found, of_images.weight_grad(grad.double(), x.double(), *wide[1:]))
+    held = held_whole(values, index)
+    assert torch.equal(block_conv2d.forward(x, held, bias, index, window), y)
+    assert torch.equal(block_conv2d.input_grad(grad, held, index, window, size), given)
+    masked = block_conv2d.masked_grad(grad, x, index, window)
+    assert torch.equal(masked, held_whole(found, index))
 
 
 @pytest.mark.parametrize("split", [1, 3])

@@ -1,11 +1,24 @@
 """Rules of thumb, where nothing was measured: what beat dense on an H200, and what did not."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from kernels.block_index import block_index
-from kernels.cuda import blob, block_linear, entries, expand, few, halves, linear, pack
+from kernels.block_index import BlockIndex, block_index
+from kernels.cuda import (
+    blob,
+    block_conv2d,
+    block_linear,
+    entries,
+    expand,
+    few,
+    halves,
+    linear,
+    pack,
+)
 from kernels.cuda.blocks import EIGHT, LINEAR, Blocks, Form
+from kernels.window import Window
 
 
 def packed(rows: int, columns: int, side: int, kept: float) -> Blocks:
@@ -104,6 +117,14 @@ def test_two_of_every_four(tokens: int, rows: int, ahead: bool) -> None:
     assert halves.pays(blocks, torch.empty(tokens, 4096, device="meta")) == ahead
 
 
+def index_of(size: int, side: int, kept: float, taps: int = 1) -> BlockIndex:
+    """Of a square weight, or a convolution of as many channels out as in."""
+    rows = size // side
+    count = rows * rows * taps
+    mask = torch.arange(count).view(rows, -1) * 7919 % count < kept * count
+    return block_index(mask, (side, side), taps)
+
+
 @pytest.mark.parametrize(
     ("tokens", "side", "kept", "product", "gradient"),
     [
@@ -122,8 +143,53 @@ def test_two_of_every_four(tokens: int, rows: int, ahead: bool) -> None:
 def test_blocks_that_train(
     tokens: int, side: int, kept: float, product: bool, gradient: bool
 ) -> None:
-    count = (4096 // side) ** 2
-    mask = torch.arange(count).view(4096 // side, -1) * 7919 % count < kept * count
-    index = block_index(mask, (side, side))
+    index = index_of(4096, side, kept)
     assert block_linear.pays(index, torch.bfloat16, tokens) == product
     assert block_linear.pays(index, torch.bfloat16, tokens, of_weight=True) == gradient
+
+
+@pytest.mark.parametrize(
+    ("tokens", "side", "kept", "dense"),
+    [
+        (8192, 64, 0.7, True),  # blocks 0.96 times as fast as dense
+        (8192, 64, 0.6, False),  # 1.17
+        (1024, 64, 0.7, True),  # 0.85
+        (1024, 64, 0.5, False),  # 1.08
+        (512, 64, 0.3, False),  # 1.31
+        (64, 64, 0.5, True),  # 0.75
+        (64, 64, 0.3, False),  # 1.11
+        (8192, 128, 0.7, False),  # 1.26
+        (128, 128, 0.7, True),  # 0.72
+        (4096, 32, 0.3, True),  # 0.97
+        (512, 32, 0.1, False),  # 1.66
+        (4096, 16, 0.1, True),  # 0.95
+    ],
+)
+def test_weights_that_are_held_whole_to_train(
+    tokens: int, side: int, kept: float, dense: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(block_linear, "has_triton", lambda: True)
+    index = index_of(4096, side, kept)
+    assert block_linear.trains_dense(index, torch.bfloat16, tokens) == dense
+    assert block_linear.trains_dense(index, torch.float64, tokens)  # no kernel of ours takes it
+
+
+@pytest.mark.parametrize(
+    ("size", "kept", "dense"),
+    [
+        (28, 0.7, True),  # blocks 0.96 times as fast as cuDNN
+        (28, 0.6, True),  # 0.96
+        (28, 0.5, False),  # 1.17
+        (14, 0.7, False),  # 1.09
+    ],
+)
+def test_convolutions_that_are_held_whole_to_train(
+    size: int, kept: float, dense: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(block_linear, "has_triton", lambda: True)
+    window = Window((3, 3), (1, 1), (1, 1), (1, 1))
+    index, pixels = index_of(256, 64, kept, window.taps), 64 * size**2
+    assert block_conv2d.trains_dense(index, torch.bfloat16, pixels, window) == dense
+    apart = replace(window, dilation=(2, 2))  # not measured
+    assert not block_conv2d.trains_dense(index, torch.bfloat16, pixels, apart)
+    assert block_conv2d.trains_dense(index, torch.float64, pixels, apart)

@@ -179,10 +179,11 @@ def test_moving_blocks_compiles(block: tuple[int, int], target: int) -> None:
     kinds = {"matrix": "*bf16", "values": "*bf16", "starts": "*i32", "columns": "*i32"}
     height, width = block
     group = max(1, 4096 // (height * width))
-    fixed = {"HEIGHT": height, "WIDTH": width, "GROUP": group}
-    for function in (whole._unpacked, whole._gathered):
+    fixed = {"HEIGHT": height, "WIDTH": width, "GROUP": group, "EARLY": target >= 90}
+    for function in (whole._unpacked, whole._gathered, whole._masked):
         ptx = triton_makes(function, target, kinds | {"count": "i32"}, fixed)
         assert "st.global" in ptx and "ld.global" in ptx
+        assert ("griddepcontrol.wait" in ptx) == (target >= 90)
 
 
 def walking(stride: int, padding: int) -> dict[str, Any]:

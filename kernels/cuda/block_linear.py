@@ -31,7 +31,7 @@ _MOVED = 2.4e6  # bytes of a matrix that `whole` writes or reads in a microsecon
 _READ = 3.2e6  # bytes of a weight that a dense product reads in a microsecond
 _BEGINNING = 2.0  # microseconds
 PARTS = (False, False, True)  # of a step of training: whether it is the weight's gradient
-_STEP = 0.6  # microseconds of a block of up to 64 columns, of few tokens
+_STEP = 0.5  # microseconds of up to 64 columns of a block, however few tokens there are
 
 
 def forward(x: Tensor, values: Tensor, bias: Tensor | None, index: BlockIndex) -> Tensor:
@@ -160,10 +160,13 @@ def moving(index: BlockIndex, dtype: torch.dtype) -> float:
 
 def _blocks(index: BlockIndex, dtype: torch.dtype, tokens: int, of_weight: bool) -> float:
     """Microseconds of our kernels; of few tokens a product walks a row of blocks in steps."""
-    steps = kept(index) * index.in_features / min(index.block[1], 64)
-    least = 0.0 if of_weight else _STEP * steps
-    needed = factor(index, dtype, of_weight) * compute(index, dtype, tokens)
-    return _BEGINNING + max(needed, least)
+    share, needed = kept(index), factor(index, dtype, of_weight) * compute(index, dtype, tokens)
+    if of_weight:
+        written = share * index.out_features * index.in_features * dtype.itemsize / _MOVED
+        return _BEGINNING + max(needed, written)
+    least = _STEP * share * index.in_features / min(index.block[1], 64)
+    together = min(index.block) == 64  # wide tiles: a step waits, and then multiplies
+    return _BEGINNING + (needed + least if together else max(needed, least))
 
 
 def _dense(index: BlockIndex, dtype: torch.dtype, tokens: int) -> float:

@@ -153,7 +153,7 @@ def scatter(values: Tensor, index: BlockIndex) -> Tensor:
     return grid.transpose(1, 2).reshape(index.out_features, index.in_features)
 
 
-def whole(values: Tensor, index: BlockIndex) -> Tensor:
+def whole_of(values: Tensor, index: BlockIndex) -> Tensor:
     """The matrix of kept blocks as (out / h, h, taps * in / w, w): values that hold it whole."""
     return scatter(values, index).view(whole_shape(index))
 

@@ -15,7 +15,8 @@ from kernels.block_index import (
     is_whole,
     mask_of,
     scatter,
-    whole,
+    whole_of,
+    whole_shape,
 )
 from kernels.window import Window
 
@@ -35,7 +36,7 @@ class BlockLayer(nn.Module):
     groups: Tensor
 
     def __init__(self, index: BlockIndex, values: Tensor, bias: Tensor | None = None) -> None:
-        """Args: values as `gather` or `whole` of `kernels.block_index` give them, bias (out,)."""
+        """Args: values as `kernels.block_index.gather` or `whole_of` give them, bias (out,)."""
         super().__init__()
         self._sizes, self._taps = (index.out_features, index.in_features), index.taps
         self.values = nn.Parameter(values)
@@ -51,6 +52,20 @@ class BlockLayer(nn.Module):
         height, width = block_of(self.values)
         return BlockIndex(*self._sizes, (height, width), self.lists, self.groups, self._taps)
 
+    def matrix(self) -> Tensor:
+        """The weight (out, taps * in), zeros where no block is kept; differentiable."""
+        values: Tensor = self.values
+        if is_whole(values):  # so its gradient is masked, too
+            values = gather(scatter(values, self.index), self.index)
+        return scatter(values, self.index)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "BlockLayer":
+        """Values lie in order, also in a model that was moved to torch.channels_last."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if not self.values.is_contiguous():
+            self.values.data = self.values.data.contiguous()
+        return self
+
     def kept(self) -> str:
         """What `print` shows of its parameters."""
         count, (height, width) = len(self.index.columns), block_of(self.values)
@@ -64,6 +79,7 @@ def parts_of(
     block: tuple[int, int],
     mask: Tensor | None,
     tokens: int,
+    whole: bool | None,
     window: Window | None = None,
 ) -> tuple[BlockIndex, Tensor, Tensor | None]:
     """An index, values and bias for a layer, copies: of a matrix (out, taps * in) and its bias.
@@ -74,19 +90,19 @@ def parts_of(
         block: rows and columns of a block.
         mask: (out / h, taps * in / w) bool, the blocks to keep; None: those not all zeros.
         tokens: that a step of training has, or pixels of the output.
+        whole: whether to hold the weight whole; None: on a GPU where that is faster.
         window: of a convolution.
     """
     if tokens < 1:
-        raise ValueError(
-            f"block layer: tokens or pixels of a step must be at least 1, got {tokens}"
-        )
+        raise ValueError(f"BlockLayer: tokens, or pixels, must be at least 1, got {tokens}")
     with torch.no_grad():
         mask = block_mask(weight, block) if mask is None else mask
         taps = 1 if window is None else window.taps
         index = block_index(mask.to(weight.device), block, taps)
         values = gather(weight, index)
-        if weight.is_cuda and _trains_dense(index, weight.dtype, tokens, window):
-            values = whole(values, index)
+        if whole is None:
+            whole = weight.is_cuda and _trains_dense(index, weight.dtype, tokens, window)
+        values = whole_of(values, index) if whole else values
         return index, values, None if bias is None else bias.clone()
 
 
@@ -95,24 +111,32 @@ def _trains_dense(
 ) -> bool:
     from kernels.cuda import block_conv2d, block_linear  # not at the top: where there is a GPU
 
-    if window is None or window.of_pixels:
+    if torch.is_autocast_enabled("cuda") and dtype is not torch.float64:
+        dtype = torch.get_autocast_dtype("cuda")
+    if window is None:
         return block_linear.trains_dense(index, dtype, tokens)
     return block_conv2d.trains_dense(index, dtype, tokens, window)
 
 
 def _converted(layer: BlockLayer, state: dict[str, Any], prefix: str, *_: object) -> None:
-    """Makes values of a state whole, or blocks of them, as those of the layer are."""
-    values, lists = state.get(f"{prefix}values"), state.get(f"{prefix}lists")
-    if values is None or lists is None or is_whole(values) == is_whole(layer.values):
+    """Makes values of a state whole, or blocks of them, as those of the layer are.
+
+    What does not fit is left to PyTorch, which says so.
+    """
+    name, index = f"{prefix}values", layer.index
+    values, lists = state.get(name), state.get(f"{prefix}lists", layer.lists)
+    if values is None or not (is_whole(values) or is_whole(layer.values)):
         return
-    index = layer.index
-    if lists.shape != layer.lists.shape or block_of(values) != index.block:
-        return  # PyTorch says so
-    held = replace(index, lists=lists.to(index.lists.device))
+    if lists.shape != layer.lists.shape:
+        state[name] = layer.values.detach()  # the lists are refused: nothing is to change
+        return
+    held = replace(index, lists=lists.to(values.device, torch.int32))
+    fits = whole_shape(index) if is_whole(values) else (len(index.columns), *index.block)
+    if values.shape != fits:
+        return
     mask_of(held.starts, held.columns, index.in_features // index.block[1])
-    held = held.to(values.device)
-    made = gather(scatter(values, held), held) if is_whole(values) else whole(values, held)
-    state[f"{prefix}values"] = made
+    blocks = gather(scatter(values, held), held) if is_whole(values) else values
+    state[name] = whole_of(blocks, held) if is_whole(layer.values) else blocks
 
 
 def _rebuild(layer: BlockLayer, _: object) -> None:

@@ -85,12 +85,19 @@ def define(
 
     Args:
         schema: of the operator.
-        run: computes it, on the CPU and on GPUs.
+        run: computes it, on the CPU and on GPUs; autocast, a backward pass within it, changes
+            no dtype in there.
         fake: gives an empty tensor like its result.
         save: keeps what its gradient needs, see `torch.library.register_autograd`.
         backward: its gradient.
     """
-    calls.define(schema, run, fake, run)
+
+    def uncast(x: Tensor, *rest: object) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            result: Tensor = run(x, *rest)
+            return result
+
+    calls.define(schema, uncast, fake, uncast)
     name = schema.split("(")[0]
     torch.library.register_autograd(
         f"sparse_nas::{name}", backward, setup_context=save, lib=calls.FRAGMENT

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kernels
-from kernels.block_index import flat, gather, is_whole, scatter, whole
+from kernels.block_index import flat, gather, is_whole, scatter, whole_of
 from scripts.gpu_timing import Work, block_mask, close
 
 Step = Callable[[], Sequence[Tensor]]
@@ -164,7 +164,7 @@ class Training:
         weight = true[2] if true[2].dim() == 2 else flat(true[2])
         true = [*true[:2], gather(weight, layer.index)]
         if is_whole(layer.values):
-            true[2] = whole(true[2], layer.index)
+            true[2] = whole_of(true[2], layer.index)
         wanted = true[2:] if self.operation == WEIGHT else true
         return all(close(y.detach(), t.detach()) for y, t in zip(found, wanted, strict=True))
 

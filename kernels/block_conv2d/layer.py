@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from kernels.block_index import BlockIndex, flat, scatter, unflat
+from kernels.block_index import BlockIndex, flat, unflat
 from kernels.block_layer import TOKENS, BlockLayer, parts_of
 from kernels.window import Pair, Window
 
@@ -34,11 +34,13 @@ class BlockConv2d(BlockLayer):
         block: tuple[int, int] = (64, 64),
         mask: Tensor | None = None,
         pixels: int = TOKENS,
+        whole: bool | None = None,
     ) -> "BlockConv2d":
         """The same layer, with copies of its numbers, on the device where it is to train.
 
         On a GPU where dense is faster, by a rule of thumb, it holds the weight whole, (out / h, h,
-        taps * in / w, w), zeros elsewhere: convolutions are dense, and the gradient is masked.
+        taps * in / w, w), zeros elsewhere: convolutions are dense, and the gradient is masked. The
+        rule is that of the weight's dtype; made under `torch.autocast`, of the dtype there.
 
         Args:
             conv: one whose weight is zero outside the kept blocks.
@@ -46,6 +48,7 @@ class BlockConv2d(BlockLayer):
             mask: (out / h, in / w, kernel height, kernel width) bool, the blocks to keep; None:
                 those that are not all zeros.
             pixels: of the output that a step of training has, about: batch * height * width.
+            whole: whether to hold the weight whole, in spite of the rule; None: by it.
 
         Raises:
             ValueError: the weight does not divide into such blocks, the mask is not of them, the
@@ -54,12 +57,12 @@ class BlockConv2d(BlockLayer):
         """
         window = _window(conv)
         kept = None if mask is None else _matrix_of(mask, conv, block)
-        parts = parts_of(flat(conv.weight), conv.bias, block, kept, pixels, window)
+        parts = parts_of(flat(conv.weight), conv.bias, block, kept, pixels, whole, window)
         return cls(window, *parts)
 
     def weight(self) -> Tensor:
         """The weight (out, in, *kernel size), zeros where no block is kept; differentiable."""
-        return unflat(scatter(self.values, self.index), self.window.kernel)
+        return unflat(self.matrix(), self.window.kernel)
 
     def forward(self, x: Tensor) -> Tensor:
         """Gives x * W + b (N, out, H', W') of x (N, in, H, W), channels last in memory."""

@@ -1,7 +1,7 @@
 """`torch.ops.sparse_nas.block_conv2d`: x * W + b with kept blocks of W, and its gradients.
 
 All operators are differentiable, each by the others. Images may lie anyhow, and are given with
-their channels last in memory. Values are the kept blocks, or the weight held whole (`whole` of
+their channels last in memory. Values are the kept blocks, or the weight held whole (`whole_of` of
 `kernels.block_index`): then the convolutions are dense, and the gradient of the values is masked.
 """
 

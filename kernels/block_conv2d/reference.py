@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from kernels.block_index import BlockIndex, flat, gather, scatter, unflat, whole
+from kernels.block_index import BlockIndex, flat, gather, scatter, unflat, whole_of
 from kernels.window import Window
 
 
@@ -35,8 +35,8 @@ def weight_grad(grad: Tensor, x: Tensor, index: BlockIndex, window: Window) -> T
 
 
 def masked_grad(grad: Tensor, x: Tensor, index: BlockIndex, window: Window) -> Tensor:
-    """Gives the gradient of values that are `kernels.block_index.whole`, zeros but at blocks."""
-    return whole(weight_grad(grad, x, index, window), index)
+    """Gives the gradient of values that are whole: zeros where no block is kept."""
+    return whole_of(weight_grad(grad, x, index, window), index)
 
 
 def _weight(values: Tensor, index: BlockIndex, window: Window) -> Tensor:

@@ -1,7 +1,7 @@
 """`torch.ops.sparse_nas.block_linear`: x W^T + b with kept blocks of W, and its gradients.
 
 All operators are differentiable, each by the others. Values are the kept blocks, or the weight
-held whole (`whole` of `kernels.block_index`): then the products are dense, and the gradient of the
+held whole (`kernels.block_index.whole_of`): then the products are dense, and the gradient of the
 values is masked.
 """
 

@@ -1,6 +1,6 @@
 """Block-sparse linear and its gradients, the plain truth: for each row of blocks one product.
 
-Of values that hold the weight whole (`kernels.block_index.whole`) it is the dense product.
+Of values that hold the weight whole (`kernels.block_index.whole_of`) it is the dense product.
 """
 
 from itertools import pairwise
@@ -8,7 +8,7 @@ from itertools import pairwise
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.block_index import BlockIndex, gather, is_whole, scatter, whole
+from kernels.block_index import BlockIndex, gather, is_whole, scatter, whole_of
 
 
 def forward(x: Tensor, values: Tensor, bias: Tensor | None, index: BlockIndex) -> Tensor:
@@ -52,4 +52,4 @@ def weight_grad(grad: Tensor, x: Tensor, index: BlockIndex) -> Tensor:
 
 def masked_grad(grad: Tensor, x: Tensor, index: BlockIndex) -> Tensor:
     """Gives the gradient of values that are whole: grad^T x at the blocks, else zeros."""
-    return whole(gather(grad.t() @ x, index), index)
+    return whole_of(gather(grad.t() @ x, index), index)

@@ -77,8 +77,7 @@ def weight_grad(grad: Tensor, x: Tensor, index: BlockIndex, window: Window) -> T
         return block_linear.weight_grad(pixels(aligned(grad)), pixels(aligned(x)), index)
     from kernels.cuda import sampled_conv2d, whole
 
-    alike = narrowed(x.dtype, True) in ("", "matmul conv")  # as our kernels round it
-    if alike and not pays(index, x.dtype, grad.shape, window, of_weight=True):
+    if _alike(x.dtype) and not pays(index, x.dtype, grad.shape, window, of_weight=True):
         found = _dense_weight_grad(aligned(grad), aligned(x), index, window)
         return whole.blocks_of(flat(found), index)
     given = (index, aligned(grad), aligned(x), window)
@@ -87,16 +86,19 @@ def weight_grad(grad: Tensor, x: Tensor, index: BlockIndex, window: Window) -> T
 
 
 def masked_grad(grad: Tensor, x: Tensor, index: BlockIndex, window: Window) -> Tensor:
-    """See `kernels.block_conv2d.reference`; float32 is rounded as PyTorch's convolutions do."""
+    """See `kernels.block_conv2d.reference`."""
     if not block_linear.takes(x, index):
         return reference.masked_grad(grad, x, index, window)
     if window.of_pixels:
         return block_linear.masked_grad(pixels(aligned(grad)), pixels(aligned(x)), index)
     from kernels.cuda import whole
 
-    found = _dense_weight_grad(aligned(grad), aligned(x), index, window)
-    matrix = flat(found).contiguous()
-    whole.mask_(matrix, index)
+    if _alike(x.dtype):
+        found = _dense_weight_grad(aligned(grad), aligned(x), index, window)
+        matrix = flat(found).contiguous()
+        whole.mask_(matrix, index)
+    else:
+        matrix = whole.matrix_of(weight_grad(grad, x, index, window), index)
     return matrix.view(whole_shape(index))
 
 
@@ -111,29 +113,35 @@ def pays(
     if window.dilation != ONE:
         return True
     pixels = prod(out) // out[1]
-    dense = _dense_us(index, dtype, pixels, of_weight) + block_linear.moving(index, dtype)
+    dense = _dense_us(index, dtype, pixels, of_weight) + block_linear.moving_us(index, dtype)
     return _blocks_us(index, dtype, pixels, of_weight) <= dense
 
 
 def trains_dense(index: BlockIndex, dtype: torch.dtype, pixels: int, window: Window) -> bool:
     """Whether a step of training takes less time where the weight is held whole."""
-    if not block_linear.fits(index, dtype):
-        return True
+    if window.of_pixels or not block_linear.fits(index, dtype):
+        return block_linear.trains_dense(index, dtype, pixels)
     each = (index, dtype, pixels)
     times = [(_blocks_us(*each, part), _dense_us(*each, part)) for part in block_linear.PARTS]
-    return window.dilation == ONE and block_linear.whole_pays(index, dtype, times)
+    measured = window.dilation == ONE and _alike(dtype)
+    return measured and block_linear.whole_pays(index, dtype, times)
+
+
+def _alike(dtype: torch.dtype) -> bool:
+    """Whether PyTorch's gradient of a convolution's weight rounds it as our kernels do."""
+    return narrowed(dtype, True) in ("", "matmul conv")
 
 
 def _blocks_us(index: BlockIndex, dtype: torch.dtype, pixels: int, of_weight: bool) -> float:
     """Microseconds of our kernels on an H200."""
     each = _SLOWER * block_linear.factor(index, dtype, of_weight)
-    return (7 if of_weight else 2) + each * block_linear.compute(index, dtype, pixels)
+    return (7 if of_weight else 2) + each * block_linear.compute_us(index, dtype, pixels)
 
 
 def _dense_us(index: BlockIndex, dtype: torch.dtype, pixels: int, of_weight: bool) -> float:
     """Microseconds of cuDNN's."""
     least, each = (14, 1.05) if of_weight else (7, 0.95)
-    return least + each * block_linear.compute(index, dtype, pixels)
+    return least + each * block_linear.compute_us(index, dtype, pixels)
 
 
 def _dense(
@@ -148,8 +156,7 @@ def _dense(
         over = [size - found for size, found in zip(to, _reached(x, window), strict=True)]
     walk = (*map(list, window.pairs), to is not None, over, 1)
     how = (False, True, torch.backends.cudnn.enabled, precision() == "tf32")
-    with block_linear.uncast(x):
-        return aligned(torch.ops.aten._convolution(x, weight, bias, *walk, *how))
+    return aligned(torch.ops.aten._convolution(x, weight, bias, *walk, *how))
 
 
 def _reached(grad: Tensor, window: Window) -> list[int]:
@@ -165,7 +172,7 @@ def _dense_weight_grad(grad: Tensor, x: Tensor, index: BlockIndex, window: Windo
     """PyTorch's gradient of the weight, its sums in one order."""
     weight = empty(grad, (index.out_features, index.channels, *window.kernel))
     how = (None, *map(list, window.pairs), False, [0, 0], 1, [False, True, False])
-    with _SWITCH, block_linear.uncast(x):  # convolutions of other threads see it too
+    with _SWITCH:  # convolutions of other threads see it too
         before = torch._C._get_cudnn_deterministic()
         torch._C._set_cudnn_deterministic(True)
         try:

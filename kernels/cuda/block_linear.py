@@ -41,8 +41,7 @@ def forward(x: Tensor, values: Tensor, bias: Tensor | None, index: BlockIndex) -
     from kernels.cuda import many, whole  # not at the top: Triton comes where it is needed
 
     if is_whole(values) or not pays(index, x.dtype, len(x)):
-        with uncast(x):
-            return F.linear(x, whole.matrix_of(values, index), bias)
+        return F.linear(x, whole.matrix_of(values, index), bias)
     walk, bias = many.by_rows(index, aligned(values)), None if bias is None else bias.contiguous()
     with torch.cuda.device(x.device):
         return many.product(walk, aligned(x), bias, rounding=precision())
@@ -55,8 +54,7 @@ def input_grad(grad: Tensor, values: Tensor, index: BlockIndex) -> Tensor:
     from kernels.cuda import many, whole
 
     if is_whole(values) or not pays(index, grad.dtype, len(grad)):
-        with uncast(grad):
-            return grad @ whole.matrix_of(values, index)
+        return grad @ whole.matrix_of(values, index)
     walk = many.by_columns(index, aligned(values))
     with torch.cuda.device(grad.device):
         return many.product(walk, aligned(grad), None, rounding=precision())
@@ -69,8 +67,7 @@ def weight_grad(grad: Tensor, x: Tensor, index: BlockIndex) -> Tensor:
     from kernels.cuda import sampled, whole
 
     if not pays(index, x.dtype, len(x), of_weight=True):
-        with uncast(x):
-            return whole.blocks_of(grad.t() @ x, index)
+        return whole.blocks_of(grad.t() @ x, index)
     with torch.cuda.device(x.device):
         return sampled.weight_grad(index, aligned(grad), aligned(x), precision=precision())
 
@@ -81,8 +78,7 @@ def masked_grad(grad: Tensor, x: Tensor, index: BlockIndex) -> Tensor:
         return reference.masked_grad(grad, x, index)
     from kernels.cuda import whole
 
-    with uncast(x):
-        matrix = grad.t() @ x
+    matrix = grad.t() @ x
     whole.mask_(matrix, index)
     return matrix.view(whole_shape(index))
 
@@ -97,11 +93,6 @@ def fits(index: BlockIndex, dtype: torch.dtype) -> bool:
     return dtype in DTYPES and set(index.block) <= set(SIZES) and has_triton()
 
 
-def uncast(x: Tensor) -> torch.autocast:
-    """PyTorch's products on x's device keep their dtype, under autocast too."""
-    return torch.autocast(x.device.type, enabled=False)
-
-
 def pays(index: BlockIndex, dtype: torch.dtype, tokens: int, of_weight: bool = False) -> bool:
     """Whether our kernels are faster than a dense product and `whole`, by a rule of thumb.
 
@@ -111,16 +102,16 @@ def pays(index: BlockIndex, dtype: torch.dtype, tokens: int, of_weight: bool = F
         tokens: or pixels of the output.
         of_weight: for the weight's gradient, not a product with it.
     """
-    dense = _dense(index, dtype, tokens) + moving(index, dtype)
-    return _blocks(index, dtype, tokens, of_weight) <= dense
+    dense = _dense_us(index, dtype, tokens) + moving_us(index, dtype)
+    return _blocks_us(index, dtype, tokens, of_weight) <= dense
 
 
 def trains_dense(index: BlockIndex, dtype: torch.dtype, tokens: int) -> bool:
     """Whether a step of training takes less time where the weight is held whole."""
     if not fits(index, dtype):
         return True
-    dense = _dense(index, dtype, tokens)
-    times = [(_blocks(index, dtype, tokens, part), dense) for part in PARTS]
+    dense = _dense_us(index, dtype, tokens)
+    times = [(_blocks_us(index, dtype, tokens, part), dense) for part in PARTS]
     return whole_pays(index, dtype, times)
 
 
@@ -132,12 +123,12 @@ def whole_pays(
     Times are microseconds of our kernels and of dense, of each part of a step.
     """
     weights = index.out_features * index.in_features
-    masking = _BEGINNING + (1 - kept(index)) * weights * dtype.itemsize / _MOVED
-    blocks = sum(min(own, dense + moving(index, dtype)) for own, dense in times)
+    masking = _BEGINNING + (1 - share(index)) * weights * dtype.itemsize / _MOVED
+    blocks = sum(min(own, dense + moving_us(index, dtype)) for own, dense in times)
     return sum(dense for _, dense in times) + masking < blocks
 
 
-def compute(index: BlockIndex, dtype: torch.dtype, tokens: int) -> float:
+def compute_us(index: BlockIndex, dtype: torch.dtype, tokens: int) -> float:
     """Microseconds of the dense multiply-adds, on an H200 as all others here."""
     return 2 * tokens * index.out_features * index.in_features / _FLOP[_kind(dtype)]
 
@@ -145,34 +136,34 @@ def compute(index: BlockIndex, dtype: torch.dtype, tokens: int) -> float:
 def factor(index: BlockIndex, dtype: torch.dtype, of_weight: bool) -> float:
     """How many times as long our kernels take for what is kept."""
     cost = (_OF_WEIGHT if of_weight else _WITH_WEIGHT)[_kind(dtype)][min(index.block)]
-    return kept(index) * cost
+    return share(index) * cost
 
 
-def kept(index: BlockIndex) -> float:
+def share(index: BlockIndex) -> float:
     """The share of the weight that is kept."""
     return len(index.columns) * math.prod(index.block) / (index.out_features * index.in_features)
 
 
-def moving(index: BlockIndex, dtype: torch.dtype) -> float:
+def moving_us(index: BlockIndex, dtype: torch.dtype) -> float:
     """Microseconds of making the whole weight of its blocks, or taking them out of it."""
     return _BEGINNING + index.out_features * index.in_features * dtype.itemsize / _MOVED
 
 
-def _blocks(index: BlockIndex, dtype: torch.dtype, tokens: int, of_weight: bool) -> float:
+def _blocks_us(index: BlockIndex, dtype: torch.dtype, tokens: int, of_weight: bool) -> float:
     """Microseconds of our kernels; of few tokens a product walks a row of blocks in steps."""
-    share, needed = kept(index), factor(index, dtype, of_weight) * compute(index, dtype, tokens)
+    held, needed = share(index), factor(index, dtype, of_weight) * compute_us(index, dtype, tokens)
     if of_weight:
-        written = share * index.out_features * index.in_features * dtype.itemsize / _MOVED
+        written = held * index.out_features * index.in_features * dtype.itemsize / _MOVED
         return _BEGINNING + max(needed, written)
-    least = _STEP * share * index.in_features / min(index.block[1], 64)
+    least = _STEP * held * index.in_features / min(index.block[1], 64)
     together = min(index.block) == 64  # wide tiles: a step waits, and then multiplies
     return _BEGINNING + (needed + least if together else max(needed, least))
 
 
-def _dense(index: BlockIndex, dtype: torch.dtype, tokens: int) -> float:
+def _dense_us(index: BlockIndex, dtype: torch.dtype, tokens: int) -> float:
     """Microseconds of a dense product."""
     read = index.out_features * index.in_features * dtype.itemsize / _READ
-    return _BEGINNING + max(compute(index, dtype, tokens), read)
+    return _BEGINNING + max(compute_us(index, dtype, tokens), read)
 
 
 def _kind(dtype: torch.dtype) -> str:

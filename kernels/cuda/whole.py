@@ -7,20 +7,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.block_index import BlockIndex, is_whole
+from kernels.block_index import BlockIndex, is_whole, scatter
 from kernels.cuda.many import after, early
 
 _TILE = 4096  # weights that a program moves
+_ZEROS = 8192  # that a program writes
 _LISTED = tl.constexpr(128)  # columns of a row that are looked through at once
 
 
 def matrix_of(values: Tensor, index: BlockIndex) -> Tensor:
     """Gives the matrix (out, taps * in) of kept blocks (blocks, h, w), contiguous; else zeros.
 
-    Of values that are `kernels.block_index.whole` it is a view.
+    Of values that are `kernels.block_index.whole_of` it is a view.
     """
     if is_whole(values):
-        return values.reshape(index.out_features, index.in_features)
+        return scatter(values, index)
     matrix = values.new_empty(index.out_features, index.in_features)
     _each(_unpacked, matrix, values.contiguous(), index)
     return matrix
@@ -35,14 +36,16 @@ def blocks_of(matrix: Tensor, index: BlockIndex) -> Tensor:
 
 def mask_(matrix: Tensor, index: BlockIndex) -> None:
     """Writes zeros into a contiguous matrix (out, taps * in), where no block is kept."""
-    _each(_masked, matrix, matrix, index)
+    _each(_masked, matrix, matrix, index, _ZEROS)
 
 
-def _each(kernel: Any, matrix: Tensor, values: Tensor, index: BlockIndex) -> None:
+def _each(
+    kernel: Any, matrix: Tensor, values: Tensor, index: BlockIndex, tile: int = _TILE
+) -> None:
     """Launched before the kernel before it has ended (9.0 and newer), for which it waits."""
     height, width = index.block
     rows, columns = len(index.starts) - 1, index.in_features // width
-    group = max(1, _TILE // (height * width))
+    group = max(1, tile // (height * width))
     soon = values.is_cuda and torch.cuda.get_device_capability(values.device)[0] >= 9
     with torch.cuda.device(values.device):
         kernel[(rows, triton.cdiv(columns, group))](

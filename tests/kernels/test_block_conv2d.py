@@ -19,7 +19,7 @@ from kernels.block_index import (
     gather,
     scatter,
     unflat,
-    whole,
+    whole_of,
 )
 from kernels.window import Window
 from tests.kernels import draws
@@ -55,11 +55,7 @@ def layer(
     """Of 6 to 8 channels in blocks of 4 x 2; held: whole."""
     conv = nn.Conv2d(6, 8, kernel, stride, padding=1)
     mask = draws.weight(1, (2, 3, *kernel), 0.4, 1).ne(0)
-    net = kernels.BlockConv2d.of(conv, (4, 2), mask)
-    if not held:
-        return net
-    values = whole(net.values.detach(), net.index)
-    return kernels.BlockConv2d(net.window, net.index, values, net.bias)
+    return kernels.BlockConv2d.of(conv, (4, 2), mask, whole=held)
 
 
 def dense(net: kernels.BlockConv2d, x: Tensor) -> Tensor:
@@ -87,7 +83,7 @@ def test_it_is_the_masked_convolution_and_so_are_its_gradients(
 ) -> None:
     blocks, index = drawn(seed, conv.weight_shape, block, density)
     blocks.requires_grad_()
-    values = whole(blocks, index).detach().requires_grad_() if held else blocks
+    values = whole_of(blocks, index).detach().requires_grad_() if held else blocks
     x = draws.numbers(seed, conv.images, index.channels, *conv.size).double()
     layout = torch.channels_last if last else torch.contiguous_format
     x = x.contiguous(memory_format=layout).requires_grad_()
@@ -104,7 +100,7 @@ def test_it_is_the_masked_convolution_and_so_are_its_gradients(
     *found, of_values = torch.autograd.grad(y, [*given_by, values], grad)
     *wanted, of_blocks = torch.autograd.grad(true, [*given_by, blocks], grad)
     torch.testing.assert_close(found, wanted)
-    torch.testing.assert_close(of_values, whole(of_blocks, index) if held else of_blocks)
+    torch.testing.assert_close(of_values, whole_of(of_blocks, index) if held else of_blocks)
 
 
 @settings(max_examples=10, deadline=None)
@@ -120,11 +116,21 @@ def test_gradients_are_those_of_differences_twice(
 
     def call(x: Tensor, values: Tensor, bias: Tensor) -> Tensor:
         walk = (conv.stride, conv.padding, conv.dilation)
-        values = whole(values, index) if held else values
+        values = whole_of(values, index) if held else values
         return ops.block_conv2d(x, values, bias, *layer, *walk)
 
     assert torch.autograd.gradcheck(call, (x, values, bias), fast_mode=True)
     assert torch.autograd.gradgradcheck(call, (x, values, bias), fast_mode=True)
+    size = call(x, values, bias).shape
+    grad = draws.numbers(seed, *size).double().requires_grad_()
+
+    def gradient(grad: Tensor, x: Tensor) -> Tensor:
+        kind = ops.block_conv2d_masked_grad if held else ops.block_conv2d_weight_grad
+        walk = (conv.kernel, conv.stride, conv.padding, conv.dilation)
+        return kind(grad, x, index.lists, index.groups, block, *walk)
+
+    assert torch.autograd.gradcheck(gradient, (grad, x), fast_mode=True)
+    assert torch.autograd.gradgradcheck(gradient, (grad, x), fast_mode=True)
 
 
 @settings(max_examples=40, deadline=None)
@@ -206,7 +212,7 @@ def test_torch_s_own_checks_pass(stride: int, kernel: tuple[int, int]) -> None:
     torch.library.opcheck(ops.block_conv2d_input_grad.default, given)
     sampled = (grad, x, *index, (4, 2), *walk)
     torch.library.opcheck(ops.block_conv2d_weight_grad.default, sampled)
-    values = whole(net.values.detach(), net.index).requires_grad_()
+    values = whole_of(net.values.detach(), net.index).requires_grad_()
     torch.library.opcheck(forward, (x, values, net.bias, *index, 8, *walk))
     torch.library.opcheck(
         ops.block_conv2d_input_grad.default, (grad, values, *index, 6, (7, 5), *walk)
@@ -316,7 +322,7 @@ def test_what_no_layer_can_be_made_of_is_named() -> None:
         kernels.BlockConv2d.of(nn.Conv2d(8, 8, 3), (5, 2))
     with pytest.raises(ValueError, match=r"mask must be \(2, 4, 3, 3\), got \(2, 4\)"):
         kernels.BlockConv2d.of(nn.Conv2d(8, 8, 3), (4, 2), torch.ones(2, 4).bool())
-    with pytest.raises(ValueError, match="tokens or pixels of a step must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="tokens, or pixels, must be at least 1, got 0"):
         kernels.BlockConv2d.of(nn.Conv2d(8, 8, 3), (4, 2), pixels=0)
     with pytest.raises(ValueError, match=r"needs a bool mask.*\(2, 10\), \(4, 4\), 9"):
         block_index(torch.ones(2, 10).bool(), (4, 4), 9)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kernels
-from kernels.block_index import BlockIndex, block_index, block_mask, gather, scatter, whole
+from kernels.block_index import BlockIndex, block_index, block_mask, gather, scatter, whole_of
 from tests.kernels import draws
 
 ops = torch.ops.sparse_nas
@@ -31,14 +31,10 @@ def drawn(
 
 def layer(held: bool = False) -> kernels.BlockLinear:
     """Of 10 inputs and 24 outputs in blocks of 4 x 2; held: whole."""
-    weight, index = drawn(1, (6, 5), (4, 2), 0.4)
+    weight, _ = drawn(1, (6, 5), (4, 2), 0.4)
     linear = nn.Linear(10, 24)
     linear.weight.data = weight.float()
-    net = kernels.BlockLinear.of(linear, (4, 2))
-    if not held:
-        return net
-    values = whole(net.values.detach(), index)
-    return kernels.BlockLinear(index, values, linear.bias.detach().clone())
+    return kernels.BlockLinear.of(linear, (4, 2), whole=held)
 
 
 @settings(max_examples=60, deadline=None)
@@ -64,7 +60,7 @@ def test_it_is_the_masked_layer_and_so_are_its_gradients(
 ) -> None:
     weight, index = drawn(seed, (rows, columns), block, density)
     blocks = gather(weight, index).requires_grad_()
-    values = whole(blocks, index).detach().requires_grad_() if held else blocks
+    values = whole_of(blocks, index).detach().requires_grad_() if held else blocks
     x = draws.numbers(seed, *shape, weight.shape[1]).double().requires_grad_()
     bias = draws.numbers(seed, len(weight)).double().requires_grad_() if with_bias else None
     y = ops.block_linear(x, values, bias, index.lists, index.groups, len(weight))
@@ -76,7 +72,7 @@ def test_it_is_the_masked_layer_and_so_are_its_gradients(
     *found, of_values = torch.autograd.grad(y, [*given_by, values], grad)
     *wanted, of_blocks = torch.autograd.grad(true, [*given_by, blocks], grad)
     torch.testing.assert_close(found, wanted)
-    torch.testing.assert_close(of_values, whole(of_blocks, index) if held else of_blocks)
+    torch.testing.assert_close(of_values, whole_of(of_blocks, index) if held else of_blocks)
 
 
 @settings(max_examples=20, deadline=None)
@@ -97,11 +93,19 @@ def test_gradients_are_those_of_differences_twice(
     bias = draws.numbers(seed, len(weight)).double().requires_grad_()
 
     def call(x: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-        values = whole(values, index) if held else values
+        values = whole_of(values, index) if held else values
         return ops.block_linear(x, values, bias, index.lists, index.groups, len(weight))
 
     assert torch.autograd.gradcheck(call, (x, values, bias), fast_mode=True)
     assert torch.autograd.gradgradcheck(call, (x, values, bias), fast_mode=True)
+    grad = draws.numbers(seed, 3, len(weight)).double().requires_grad_()
+
+    def gradient(grad: Tensor, x: Tensor) -> Tensor:
+        kind = ops.block_linear_masked_grad if held else ops.block_linear_weight_grad
+        return kind(grad, x, index.lists, index.groups, *block)
+
+    assert torch.autograd.gradcheck(gradient, (grad, x), fast_mode=True)
+    assert torch.autograd.gradgradcheck(gradient, (grad, x), fast_mode=True)
 
 
 @settings(max_examples=40, deadline=None)
@@ -149,9 +153,23 @@ def test_narrow_numbers_round_once(dtype: torch.dtype) -> None:
     assert (y.double() - true).norm() <= bound * true.norm()
 
 
+@pytest.mark.parametrize("held", [False, True])
+def test_gradients_keep_their_dtype_under_autocast(held: bool) -> None:
+    net, x, grad = layer(held), draws.numbers(0, 7, 10), draws.numbers(1, 7, 24)
+    index = net.lists, net.groups
+    kind = ops.block_linear_masked_grad if held else ops.block_linear_weight_grad
+    with torch.autocast("cpu", torch.bfloat16):
+        of_x = ops.block_linear_input_grad(grad, net.values, *index, 10)
+        of_values = kind(grad, x, *index, 4, 2)
+    assert of_x.dtype is of_values.dtype is torch.float32
+    assert torch.equal(of_x, ops.block_linear_input_grad(grad, net.values, *index, 10))
+    assert torch.equal(of_values, kind(grad, x, *index, 4, 2))
+
+
+@pytest.mark.parametrize("held", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_autocast_is_that_of_a_linear_layer(dtype: torch.dtype) -> None:
-    net, x = layer().to(dtype), draws.numbers(0, 7, 10).to(dtype)
+def test_autocast_is_that_of_a_linear_layer(dtype: torch.dtype, held: bool) -> None:
+    net, x = layer(held).to(dtype), draws.numbers(0, 7, 10).to(dtype)
     with torch.autocast("cpu", torch.bfloat16):
         y, like = net(x), F.linear(x, net.weight(), net.bias)
     assert y.dtype is like.dtype
@@ -189,7 +207,7 @@ def test_torch_s_own_checks_pass() -> None:
     torch.library.opcheck(ops.block_linear.default, (x, net.values, None, *index, 24))
     torch.library.opcheck(ops.block_linear_input_grad.default, (grad, net.values, *index, 10))
     torch.library.opcheck(ops.block_linear_weight_grad.default, (grad, x, *index, 4, 2))
-    values = whole(net.values.detach(), net.index).requires_grad_()
+    values = whole_of(net.values.detach(), net.index).requires_grad_()
     torch.library.opcheck(ops.block_linear.default, (x, values, net.bias, *index, 24))
     torch.library.opcheck(ops.block_linear_input_grad.default, (grad, values, *index, 10))
     torch.library.opcheck(ops.block_linear_masked_grad.default, (grad, x, *index, 4, 2))
@@ -230,19 +248,68 @@ def test_a_saved_layer_loads_into_one_of_other_blocks() -> None:
     assert torch.equal(other.lists, net.lists) and torch.equal(other.groups, net.groups)
 
 
-@pytest.mark.parametrize("held", [False, True])
-def test_a_layer_held_whole_loads_blocks_and_they_load_it(held: bool) -> None:
-    net, other = layer(held), layer(not held)
-    assert ("held whole" in repr(net)) == held
-    assert net.weight().shape == (24, 10) and torch.equal(net.weight(), other.weight())
-    with torch.no_grad():
-        net.values.mul_(3)
-    other.load_state_dict(net.state_dict())
-    assert other.values.dim() == (3 if held else 4)
+def test_a_loss_on_the_weight_trains_its_blocks_alone() -> None:
+    net, other = layer(), layer(True)
+    for of in (net, other):
+        loss: Tensor = (of.weight() - 1).square().sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+    assert net.values.grad is not None and other.values.grad is not None
+    assert torch.equal(whole_of(net.values.grad, net.index), other.values.grad)
+    other.weight().detach().add_(1)
     assert torch.equal(net.weight(), other.weight())
-    small = kernels.BlockLinear.of(nn.Linear(10, 24), (4, 2), torch.ones(6, 5).bool())
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("to", [False, True])
+@pytest.mark.parametrize("held", [False, True])
+def test_a_layer_held_whole_loads_blocks_and_they_load_it(
+    held: bool, to: bool, assign: bool
+) -> None:
+    net = layer(held)
+    assert ("held whole" in repr(net)) == held
+    mask = block_mask(net.weight(), (4, 2)).flip(0)
+    other = kernels.BlockLinear.of(nn.Linear(10, 24), (4, 2), mask, whole=to)
+    other.load_state_dict(net.state_dict(), assign=assign)
+    assert other.values.dim() == (4 if to else 3)
+    assert net.weight().shape == (24, 10) and torch.equal(net.weight(), other.weight())
+    twice = 2 * net.weight().detach()
+    other.load_state_dict({"values": 2 * net.values.detach()}, strict=False)
+    assert torch.equal(other.weight(), twice)
+
+
+@pytest.mark.parametrize("to", [False, True])
+@pytest.mark.parametrize("held", [False, True])
+def test_a_state_that_does_not_fit_is_refused_as_a_whole(held: bool, to: bool) -> None:
+    net, full = layer(held), torch.ones(6, 5, dtype=torch.bool)
+    other = kernels.BlockLinear.of(nn.Linear(10, 24), (4, 2), full, whole=to)
+    before = other.weight().detach().clone()
+    state = {name: part for name, part in net.state_dict().items() if name != "bias"}
     with pytest.raises(RuntimeError, match="size mismatch for lists"):
-        small.load_state_dict(net.state_dict())
+        other.load_state_dict(state, strict=False)
+    assert torch.equal(before, other.weight())
+    like = layer(to)
+    for values in (net.values[:1], net.values.transpose(-1, -2), net.values[..., :1]):
+        with pytest.raises(RuntimeError, match="size mismatch for values"):
+            like.load_state_dict(net.state_dict() | {"values": values})
+        assert torch.equal(like.weight(), net.weight())
+
+
+def test_what_a_state_holds_beside_its_blocks_is_not_loaded() -> None:
+    net = layer(True)
+    state = net.state_dict() | {"values": net.values.detach() + 1}
+    other = layer(True)
+    other.load_state_dict(state)
+    kept = block_mask(net.weight(), (4, 2))
+    assert torch.equal(block_mask(other.values.detach().view(24, 10), (4, 2)), kept)
+    assert torch.equal(gather(other.weight(), other.index), gather(net.weight(), net.index) + 1)
+
+
+def test_values_lie_in_order_in_a_model_of_channels_last() -> None:
+    net, x = layer(True), draws.numbers(0, 7, 10)
+    y = net(x)
+    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    assert net.values.is_contiguous()
+    assert torch.equal(net(x), y)
 
 
 @pytest.mark.parametrize("held", [False, True])

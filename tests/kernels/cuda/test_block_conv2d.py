@@ -18,7 +18,7 @@ from kernels.block_index import (
     is_whole,
     scatter,
     unflat,
-    whole,
+    whole_of,
 )
 from kernels.cuda import block_conv2d, block_linear
 from kernels.cuda.blocks import SIZES
@@ -99,7 +99,7 @@ def images(dtype: torch.dtype, *shape: int) -> Tensor:
 
 def layer(dtype: torch.dtype = torch.bfloat16, held: bool = False) -> kernels.BlockConv2d:
     values, index = drawn((4, 4), (64, 64), PLAIN, 0.3, dtype)
-    values = whole(values, index) if held else values
+    values = whole_of(values, index) if held else values
     return kernels.BlockConv2d(PLAIN, index, values, torch.randn(256, device="cuda").to(dtype))
 
 
@@ -143,7 +143,7 @@ def check(
     again = gradients(x, values, bias, index, window, grad)
     wanted = [true.detach(), *torch.autograd.grad(true, wide, grad.double())]
     if is_whole(values):
-        wanted[2] = whole(wanted[2], index)
+        wanted[2] = whole_of(wanted[2], index)
         assert not found[2][wanted[2] == 0].any()
     for i, (mine, same, its) in enumerate(zip(found, again, wanted, strict=True)):
         assert mine.dtype is x.dtype and mine.shape == its.shape
@@ -191,7 +191,7 @@ def test_values_held_whole(
 ) -> None:
     take_dense(monkeypatch)
     values, index = drawn((3, 5), (64, 32), window, 0.8, dtype)
-    values, x = whole(values, index), images(dtype, size[0], index.channels, *size[1:])
+    values, x = whole_of(values, index), images(dtype, size[0], index.channels, *size[1:])
     check(x, values, None, index, window)
     check(x, values, torch.randn(index.out_features, device="cuda").to(dtype), index, window)
 
@@ -205,7 +205,7 @@ def test_values_held_whole_that_no_kernel_takes(
 ) -> None:
     values, index = drawn((6, 5), block, PLAIN, 0.4, dtype)
     x = images(dtype, count, index.channels, 9, 9)
-    check(x, whole(values, index), None, index, PLAIN)
+    check(x, whole_of(values, index), None, index, PLAIN)
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -278,15 +278,24 @@ def test_tf32_where_pytorch_takes_it(window: Window) -> None:
         torch.backends.cuda.matmul.allow_tf32 = False
 
 
+@pytest.mark.parametrize("way", ["blocks", "dense", "whole"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(dtype: torch.dtype) -> None:
-    net, x = layer(torch.float32), images(torch.float32, 9, 256, 8, 8).requires_grad_()
+def test_autocast(dtype: torch.dtype, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if way == "dense":
+        take_dense(monkeypatch)
+    net, x = (
+        layer(torch.float32, way == "whole"),
+        images(torch.float32, 9, 256, 8, 8).requires_grad_(),
+    )
     with torch.autocast("cuda", dtype):
         y, true = net(x), F.conv2d(x, net.weight(), net.bias, *PLAIN.pairs)
     assert y.dtype is dtype
     grad = torch.randn_like(y)
     given = [x, *net.parameters()]
-    found, wanted = (torch.autograd.grad(out, given, grad) for out in (y, true))
+    found, wanted = (torch.autograd.grad(out, given, grad, True) for out in (y, true))
+    with torch.autocast("cuda", dtype):  # a backward pass within it
+        within = torch.autograd.grad(y, given, grad)
+    assert all(torch.equal(mine, its) for mine, its in zip(found, within, strict=True))
     for mine, its in zip((y, *found), (true, *wanted), strict=True):
         assert mine.dtype is its.dtype
         assert near(mine, its.double(), 2 * BOUND[dtype])
@@ -336,7 +345,7 @@ def test_it_compiles_as_one_graph(held: bool, mode: str) -> None:
         x = torch.randn_like(x)
 
 
-@pytest.mark.parametrize(("kept", "held"), [(1, True), (0.1, False)])
+@pytest.mark.parametrize(("kept", "held"), [(0.85, True), (0.1, False)])
 def test_a_layer_where_dense_trains_faster_is_held_whole(kept: float, held: bool) -> None:
     conv = nn.Conv2d(256, 256, 3, padding=1, device="cuda", dtype=torch.bfloat16)
     mask = torch.rand(4, 4, 3, 3) < kept

@@ -124,7 +124,8 @@ def trains_dense(index: BlockIndex, dtype: torch.dtype, pixels: int, window: Win
     each = (index, dtype, pixels)
     times = [(_blocks_us(*each, part), _dense_us(*each, part)) for part in block_linear.PARTS]
     measured = window.dilation == ONE and _alike(dtype)
-    return measured and block_linear.whole_pays(index, dtype, times)
+    dense = sum(time for _, time in times)
+    return measured and block_linear.whole_pays(index, dtype, times, dense)
 
 
 def _alike(dtype: torch.dtype) -> bool:

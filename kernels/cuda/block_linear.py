@@ -29,9 +29,10 @@ _OF_WEIGHT = {
 _FLOP = {"16 bits": 750e6, "ieee": 50e6, "tf32": 425e6}  # of a dense product in a microsecond
 _MOVED = 2.4e6  # bytes of a matrix that `whole` writes or reads in a microsecond
 _READ = 3.2e6  # bytes of a weight that a dense product reads in a microsecond
+_WRITTEN = 4.2e6  # bytes of a gradient that a product writes in a microsecond
 _BEGINNING = 2.0  # microseconds
 PARTS = (False, False, True)  # of a step of training: whether it is the weight's gradient
-_STEP = 0.5  # microseconds of up to 64 columns of a block, however few tokens there are
+_STEP = 0.45  # microseconds of up to 64 columns of a block, however few tokens there are
 
 
 def forward(x: Tensor, values: Tensor, bias: Tensor | None, index: BlockIndex) -> Tensor:
@@ -76,9 +77,15 @@ def masked_grad(grad: Tensor, x: Tensor, index: BlockIndex) -> Tensor:
     """See `kernels.block_linear.reference`."""
     if not takes(x, index):
         return reference.masked_grad(grad, x, index)
-    from kernels.cuda import whole
+    from kernels.cuda import sampled, whole
 
-    matrix = grad.t() @ x
+    how = sampled.plan(index, x, len(x), precision())
+    if how.split == 1 and samples(index, x.dtype, len(x)):
+        matrix = x.new_empty(index.out_features, index.in_features)
+        with torch.cuda.device(x.device):
+            sampled.put_blocks(matrix, index, aligned(grad), aligned(x), how, precision())
+    else:
+        matrix = grad.t() @ x
     whole.mask_(matrix, index)
     return matrix.view(whole_shape(index))
 
@@ -102,7 +109,7 @@ def pays(index: BlockIndex, dtype: torch.dtype, tokens: int, of_weight: bool = F
         tokens: or pixels of the output.
         of_weight: for the weight's gradient, not a product with it.
     """
-    dense = _dense_us(index, dtype, tokens) + moving_us(index, dtype)
+    dense = _dense_us(index, dtype, tokens, of_weight) + moving_us(index, dtype)
     return _blocks_us(index, dtype, tokens, of_weight) <= dense
 
 
@@ -110,22 +117,33 @@ def trains_dense(index: BlockIndex, dtype: torch.dtype, tokens: int) -> bool:
     """Whether a step of training takes less time where the weight is held whole."""
     if not fits(index, dtype):
         return True
-    dense = _dense_us(index, dtype, tokens)
-    times = [(_blocks_us(index, dtype, tokens, part), dense) for part in PARTS]
-    return whole_pays(index, dtype, times)
+    each = (index, dtype, tokens)
+    times = [(_blocks_us(*each, part), _dense_us(*each, part)) for part in PARTS]
+    dense = 2 * _dense_us(*each) + min(times[-1])
+    return whole_pays(index, dtype, times, dense)
+
+
+def samples(index: BlockIndex, dtype: torch.dtype, tokens: int) -> bool:
+    """Whether the gradient of a whole weight is faster at the blocks alone, then masked."""
+    own, dense = _blocks_us(index, dtype, tokens, True), _dense_us(index, dtype, tokens, True)
+    return own < dense
 
 
 def whole_pays(
-    index: BlockIndex, dtype: torch.dtype, times: Sequence[tuple[float, float]]
+    index: BlockIndex, dtype: torch.dtype, times: Sequence[tuple[float, float]], dense: float
 ) -> bool:
     """Whether a whole weight, its gradient masked, takes less time than one held as blocks.
 
-    Times are microseconds of our kernels and of dense, of each part of a step.
+    Args:
+        index: of the blocks.
+        dtype: of the weight.
+        times: microseconds of our kernels and of dense, of each part of a step.
+        dense: of a step with the whole weight, but for masking.
     """
     weights = index.out_features * index.in_features
     masking = _BEGINNING + (1 - share(index)) * weights * dtype.itemsize / _MOVED
     blocks = sum(min(own, dense + moving_us(index, dtype)) for own, dense in times)
-    return sum(dense for _, dense in times) + masking < blocks
+    return dense + masking < blocks
 
 
 def compute_us(index: BlockIndex, dtype: torch.dtype, tokens: int) -> float:
@@ -153,17 +171,25 @@ def _blocks_us(index: BlockIndex, dtype: torch.dtype, tokens: int, of_weight: bo
     """Microseconds of our kernels; of few tokens a product walks a row of blocks in steps."""
     held, needed = share(index), factor(index, dtype, of_weight) * compute_us(index, dtype, tokens)
     if of_weight:
-        written = held * index.out_features * index.in_features * dtype.itemsize / _MOVED
-        return _BEGINNING + max(needed, written)
+        return _BEGINNING + needed + held * _written_us(index, dtype)
     least = _STEP * held * index.in_features / min(index.block[1], 64)
     together = min(index.block) == 64  # wide tiles: a step waits, and then multiplies
     return _BEGINNING + (needed + least if together else max(needed, least))
 
 
-def _dense_us(index: BlockIndex, dtype: torch.dtype, tokens: int) -> float:
+def _dense_us(
+    index: BlockIndex, dtype: torch.dtype, tokens: int, of_weight: bool = False
+) -> float:
     """Microseconds of a dense product."""
+    if of_weight:
+        return _BEGINNING + compute_us(index, dtype, tokens) + _written_us(index, dtype)
     read = index.out_features * index.in_features * dtype.itemsize / _READ
     return _BEGINNING + max(compute_us(index, dtype, tokens), read)
+
+
+def _written_us(index: BlockIndex, dtype: torch.dtype) -> float:
+    """Microseconds of writing a whole gradient."""
+    return index.out_features * index.in_features * dtype.itemsize / _WRITTEN
 
 
 def _kind(dtype: torch.dtype) -> str:

@@ -69,11 +69,32 @@ def weight_grad(
 ) -> Tensor:
     """Gives grad^T x (blocks, h, w) at the blocks; grad (tokens, out) and x contiguous."""
     how = how or plan(index, x, len(x), precision)
-    block = index.block
-    given = x.new_empty(len(index.columns), *block)
+    given = x.new_empty(len(index.columns), *index.block)
     if not len(given) or not len(x):
         return given.zero_()
     sums = parts_of(given, how)
+    _launch(index, grad, x, sums, how, precision, whole=False)
+    return added(sums, given, how)
+
+
+def put_blocks(
+    matrix: Tensor, index: BlockIndex, grad: Tensor, x: Tensor, how: Plan, precision: str = "ieee"
+) -> None:
+    """Writes grad^T x at the blocks into a contiguous matrix (out, in); `how.split` must be 1."""
+    if len(index.columns):
+        _launch(index, grad, x, matrix, how, precision, whole=True)
+
+
+def _launch(
+    index: BlockIndex,
+    grad: Tensor,
+    x: Tensor,
+    sums: Tensor,
+    how: Plan,
+    precision: str,
+    whole: bool,
+) -> None:
+    block = index.block
     tiles: tuple[Any, Any] = (grad, x)
     if how.bulk:
         tiles = (
@@ -82,12 +103,11 @@ def weight_grad(
         )
     _sampled[(len(index.groups) * how.split,)](
         *tiles, index.groups, sums, len(x), index.out_features, index.in_features,
-        len(given), len(index.groups), how.split,
+        len(index.columns), len(index.groups), how.split,
         HEIGHT=block[0], WIDTH=block[1], SIZE=index.groups.shape[1] - 2, STEP=how.step,
-        BULK=how.bulk, PRECISION=precision, OUT=TYPES[sums.dtype],
+        WHOLE=whole, BULK=how.bulk, PRECISION=precision, OUT=TYPES[sums.dtype],
         num_warps=how.warps, num_stages=how.stages,
     )  # fmt: skip
-    return added(sums, given, how)
 
 
 def parts_of(given: Tensor, how: Plan) -> Tensor:
@@ -109,16 +129,19 @@ def added(sums: Tensor, given: Tensor, how: Plan) -> Tensor:
 def _sampled(
     grad, x, groups, sums, tokens, rows, channels, blocks, count, split,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr,
-    BULK: tl.constexpr, PRECISION: tl.constexpr, OUT: tl.constexpr,
+    WHOLE: tl.constexpr, BULK: tl.constexpr, PRECISION: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
     row, first, columns, held, part = group_of(groups, count, SIZE)
     begin, end = steps_of(tl.cdiv(tokens, STEP), part, split)
-    out = sums + (part.to(tl.int64) * blocks + first) * HEIGHT * WIDTH
+    if WHOLE:
+        out = sums + row.to(tl.int64) * HEIGHT * channels
+    else:
+        out = sums + (part.to(tl.int64) * blocks + first) * HEIGHT * WIDTH
     for size in tl.static_range(1, SIZE + 1):  # a loop for each size: none multiplies in vain
         if held == size:
             _blocks(
                 grad, x, row, columns, out, begin, end, tokens, rows, channels,
-                size, HEIGHT, WIDTH, STEP, BULK, PRECISION, OUT,
+                size, HEIGHT, WIDTH, STEP, WHOLE, BULK, PRECISION, OUT,
             )  # fmt: skip
 
 
@@ -149,7 +172,7 @@ def steps_of(steps, part, split):
 def _blocks(
     grad, x, row, columns, out, begin, end, tokens, rows, channels,
     SIZE: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr,
-    BULK: tl.constexpr, PRECISION: tl.constexpr, OUT: tl.constexpr,
+    WHOLE: tl.constexpr, BULK: tl.constexpr, PRECISION: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
     totals = ()
     for _ in tl.static_range(SIZE):
@@ -161,7 +184,12 @@ def _blocks(
             part = tile_of(x, i * STEP, columns[k] * WIDTH, tokens, channels, STEP, WIDTH, BULK)
             found += (tl.dot(shared, part, totals[k], input_precision=PRECISION),)
         totals = found
-    put(out, totals, SIZE, HEIGHT, WIDTH, OUT)
+    if WHOLE:
+        place = tl.arange(0, HEIGHT)[:, None] * channels + tl.arange(0, WIDTH)[None, :]
+        for k in tl.static_range(SIZE):
+            tl.store(out + columns[k] * WIDTH + place, totals[k].to(OUT))
+    else:
+        put(out, totals, SIZE, HEIGHT, WIDTH, OUT)
 
 
 @triton.jit

@@ -11,7 +11,8 @@ from kernels.block_index import BlockIndex, is_whole, scatter
 from kernels.cuda.many import after, early
 
 _TILE = 4096  # weights that a program moves
-_ZEROS = 8192  # that a program writes
+_ZEROS = 8192  # that a program writes of a large matrix
+_LARGE = 2**23
 _LISTED = tl.constexpr(128)  # columns of a row that are looked through at once
 
 
@@ -36,7 +37,7 @@ def blocks_of(matrix: Tensor, index: BlockIndex) -> Tensor:
 
 def mask_(matrix: Tensor, index: BlockIndex) -> None:
     """Writes zeros into a contiguous matrix (out, taps * in), where no block is kept."""
-    _each(_masked, matrix, matrix, index, _ZEROS)
+    _each(_masked, matrix, matrix, index, _ZEROS if matrix.numel() >= _LARGE else _TILE)
 
 
 def _each(

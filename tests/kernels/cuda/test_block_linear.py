@@ -120,7 +120,11 @@ def test_where_dense_is_faster(
 
 @pytest.mark.parametrize("block", [*BLOCKS, (24, 10)])
 @pytest.mark.parametrize("dtype", [*NARROW, torch.float64])
-def test_values_whole_of(dtype: torch.dtype, block: tuple[int, int]) -> None:
+@pytest.mark.parametrize("own", [False, True])
+def test_values_held_whole(
+    own: bool, dtype: torch.dtype, block: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(block_linear, "samples", lambda *_: own)
     values, index = drawn((6, 9), block, 0.8, dtype)
     values = whole_of(values, index)
     for shape in ((200,), (2, 3), (0,)):
@@ -154,6 +158,14 @@ def test_large_weights(size: int, block: int, tokens: int) -> None:
     values, index = drawn((size // block, size // block), (block, block), 0.1, torch.bfloat16)
     x = torch.randn(tokens, size, device="cuda").bfloat16()
     check(x, values, None, index)
+
+
+@pytest.mark.parametrize(("side", "tokens"), [(64, 64), (64, 500), (32, 130)])
+def test_large_weights_held_whole_of_few_tokens(side: int, tokens: int) -> None:
+    values, index = drawn((4096 // side, 2048 // side), (side, side), 0.5, torch.bfloat16)
+    assert block_linear.samples(index, torch.bfloat16, tokens)
+    x = torch.randn(tokens, 2048, device="cuda").bfloat16()
+    check(x, whole_of(values, index), None, index)
 
 
 @pytest.mark.parametrize("density", [0.0, 1.0])
@@ -273,7 +285,7 @@ def test_it_compiles_as_one_graph(held: bool, mode: str) -> None:
 
 
 @pytest.mark.parametrize(("kept", "tokens", "held"), [(0.85, 8192, True), (0.1, 8192, False)])
-def test_a_layer_where_dense_trains_faster_is_whole_of(
+def test_a_layer_where_dense_trains_faster_is_held_whole(
     kept: float, tokens: int, held: bool
 ) -> None:
     linear = nn.Linear(1024, 1024, device="cuda", dtype=torch.bfloat16)

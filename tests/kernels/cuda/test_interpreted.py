@@ -258,8 +258,11 @@ def test_where_dense_is_faster(
         held = whole_of(values, index)
         assert torch.equal(block_linear.forward(x, held, bias, index), y)
         assert torch.equal(block_linear.input_grad(grad, held, index), given)
-        masked = block_linear.masked_grad(grad, x, index)
-        assert torch.equal(masked, whole_of(found, index))
+        for own in (False, True):  # by a dense product, at the blocks alone
+            monkeypatch.setattr(block_linear, "samples", lambda *_, own=own: own)
+            masked = block_linear.masked_grad(grad, x, index)
+            assert close(masked, whole_of(found.double(), index))
+            assert not masked[whole_of(torch.ones_like(values), index) == 0].any()
 
 
 @pytest.mark.parametrize("window", [w for w in WINDOWS if w.dilation == (1, 1)])

@@ -176,6 +176,22 @@ def test_weights_that_are_held_whole_to_train(
 
 
 @pytest.mark.parametrize(
+    ("tokens", "side", "kept", "own"),
+    [
+        (8192, 64, 0.7, False),
+        (512, 64, 0.7, False),  # 32.8 us for 31.9 of dense
+        (512, 64, 0.6, True),  # 28.6
+        (64, 64, 0.7, True),  # 12.6 for 14.9
+        (512, 32, 0.3, False),  # 41.4 for 32.2
+        (512, 128, 0.7, True),  # 25.9
+    ],
+)
+def test_gradients_of_whole_weights(tokens: int, side: int, kept: float, own: bool) -> None:
+    index = index_of(4096, side, kept)
+    assert block_linear.samples(index, torch.bfloat16, tokens) == own
+
+
+@pytest.mark.parametrize(
     ("size", "kept", "dense"),
     [
         (28, 0.7, True),  # blocks 0.96 times as fast as cuDNN

@@ -160,6 +160,7 @@ def test_a_sampled_product_compiles(
     kinds |= {"groups": "*i32", "sums": "*fp32"}
     kinds |= dict.fromkeys(("tokens", "rows", "channels", "blocks", "count", "split"), "i32")
     fixed: dict[str, Any] = {"HEIGHT": block[0], "WIDTH": block[1], "SIZE": group, "STEP": 64}
+    fixed["WHOLE"] = group == 1
     fixed |= {"BULK": bulk, "PRECISION": "tf32", "OUT": triton.language.float32}
     ptx = triton_makes(sampled._sampled, target, kinds, fixed, num_warps=4, num_stages=2)
     fast = target == 90 and block[0] >= 64

@@ -28,6 +28,7 @@ from kernels.window import Window
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS:UserWarning"),  # torch's own
 ]
 
 ops = torch.ops.sparse_nas

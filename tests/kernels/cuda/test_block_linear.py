@@ -18,6 +18,7 @@ from kernels.cuda.rounding import precision
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS:UserWarning"),  # torch's own
 ]
 
 ops = torch.ops.sparse_nas
@@ -160,7 +161,7 @@ def test_large_weights(size: int, block: int, tokens: int) -> None:
     check(x, values, None, index)
 
 
-@pytest.mark.parametrize(("side", "tokens"), [(64, 64), (64, 500), (32, 130)])
+@pytest.mark.parametrize(("side", "tokens"), [(64, 64), (64, 500), (128, 300)])
 def test_large_weights_held_whole_of_few_tokens(side: int, tokens: int) -> None:
     values, index = drawn((4096 // side, 2048 // side), (side, side), 0.5, torch.bfloat16)
     assert block_linear.samples(index, torch.bfloat16, tokens)

@@ -48,14 +48,14 @@ def on_cpu(rows: Iterable[dict[str, Any]]) -> dict[str, list[tuple[str, dict[str
 
 
 def on_gpu(rows: Iterable[dict[str, Any]]) -> dict[str, list[tuple[str, dict[str, Any]]]]:
-    """Few tokens, many tokens, convolutions, training; the rows with the name of their line."""
-    names = ("few tokens", "many tokens", "convolutions", "training")
+    """Few tokens, many tokens, convolutions, parts of training; rows with their line's name."""
+    names = ("few tokens", "many tokens", "convolutions", *TRAINING)
     panels: dict[str, list[tuple[str, dict[str, Any]]]] = {name: [] for name in names}
     for row in rows:
         shape, pattern = row["shape"], row["pattern"]
         few = shape.startswith(("1 ", "16 "))
         if row["operation"] in TRAINING:
-            panels["training"].append((f"{row['operation']}, {shape}, {pattern}", row))
+            panels[row["operation"]].append((f"{shape}, {pattern}", row))
         elif row["operation"] == "conv2d":
             panels["convolutions"].append((f"{shape}, {pattern}", row))
         elif pattern != "2:4":

@@ -182,11 +182,15 @@ def graph(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
 
 
 def us(graphs: Sequence[torch.cuda.CUDAGraph]) -> list[float]:
-    """Median microseconds of a replay of each, in turn."""
+    """Median microseconds of a replay of each, in turn, behind one that is not timed.
+
+    So that what ran before counts alike: behind a slow peer all are 1 % slower.
+    """
     times: list[list[float]] = [[] for _ in graphs]
     for _ in range(ROUNDS):
         for series, made in zip(times, graphs, strict=True):
             begun, ended = events()
+            made.replay()
             begun.record()
             for _ in range(REPLAYS):
                 made.replay()

@@ -18,6 +18,7 @@ from kernels.cuda.many import TYPES, tile_of
 
 _PROGRAMS = 1.75  # of a multiprocessor
 _ADDED = 1024  # sums that a program adds
+_ADDING = 14  # steps of a program that take as long as adding parts
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ def plan(
     held = (index.groups.shape[1] - 2) * index.block[0] * index.block[1]
     split = round(_PROGRAMS * processors / max(1, len(index.groups)))
     split = max(1, min(split, tokens // (4 * step)))
+    if tokens / step * (1 - 1 / split) < _ADDING:  # steps that a program is spared
+        split = 1
     return Plan(split, step, 4 if bulk and not wide and held <= 16384 else 8, 3, bulk)
 
 

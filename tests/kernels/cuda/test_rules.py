@@ -230,3 +230,19 @@ def test_convolutions_that_train(size: int, kept: float, product: bool, gradient
     assert block_conv2d.pays(index, torch.bfloat16, out, window) == product
     assert block_conv2d.pays(index, torch.bfloat16, out, window, of_weight=True) == gradient
     assert block_conv2d.pays(index, torch.bfloat16, out, replace(window, dilation=(2, 2)))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "split"),
+    [
+        (512, 1),  # 5.4 us for 8.7 in two parts
+        (1024, 1),  # 7.8 for 10.9
+        (8192, 2),  # 62.8 for 47.9
+    ],
+)
+def test_parts_of_the_tokens(tokens: int, split: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    sampled = pytest.importorskip("kernels.cuda.sampled")  # where there is Triton
+    monkeypatch.setattr(sampled, "_PROGRAMS", 1.75 * 132)  # of the CPU's one processor
+    index = index_of(4096, 64, 0.05)
+    x = torch.empty(tokens, 0, dtype=torch.bfloat16)
+    assert sampled.plan(index, x, tokens).split == split

@@ -29,6 +29,7 @@ _OF_WEIGHT = {
 _FLOP = {"16 bits": 750e6, "ieee": 50e6, "tf32": 425e6}  # of a dense product in a microsecond
 _MOVED = 2.4e6  # bytes of a matrix that `whole` writes or reads in a microsecond
 _READ = 3.2e6  # bytes of a weight that a dense product reads in a microsecond
+_ZEROED = 3.5e6  # bytes of zeros that `whole` writes in a microsecond
 _WRITTEN = 4.2e6  # bytes of a gradient that a product writes in a microsecond
 _BEGINNING = 2.0  # microseconds
 PARTS = (False, False, True)  # of a step of training: whether it is the weight's gradient
@@ -141,7 +142,7 @@ def whole_pays(
         dense: of a step with the whole weight, but for masking.
     """
     weights = index.out_features * index.in_features
-    masking = _BEGINNING + (1 - share(index)) * weights * dtype.itemsize / _MOVED
+    masking = _BEGINNING + (1 - share(index)) * weights * dtype.itemsize / _ZEROED
     blocks = sum(min(own, dense + moving_us(index, dtype)) for own, dense in times)
     return dense + masking < blocks
 

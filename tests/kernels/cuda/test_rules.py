@@ -164,6 +164,7 @@ def test_blocks_that_train(
         (4096, 32, 0.3, True),  # 0.97
         (512, 32, 0.1, False),  # 1.66
         (4096, 16, 0.1, True),  # 0.95
+        (512, 16, 0.1, True),  # 0.72
     ],
 )
 def test_weights_that_are_held_whole_to_train(

@@ -158,6 +158,13 @@ def whole_of(values: Tensor, index: BlockIndex) -> Tensor:
     return scatter(values, index).view(whole_shape(index))
 
 
+def masked(values: Tensor, index: BlockIndex) -> Tensor:
+    """Whole values with zeros where no block is kept; blocks as they are; differentiable."""
+    if not is_whole(values):
+        return values
+    return whole_of(gather(scatter(values, index), index), index)
+
+
 def whole_shape(index: BlockIndex) -> tuple[int, int, int, int]:
     """Sizes of values that hold a weight whole."""
     height, width = index.block

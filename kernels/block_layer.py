@@ -14,6 +14,7 @@ from kernels.block_index import (
     gather,
     is_whole,
     mask_of,
+    masked,
     scatter,
     whole_of,
     whole_shape,
@@ -39,7 +40,7 @@ class BlockLayer(nn.Module):
         """Args: values as `kernels.block_index.gather` or `whole_of` give them, bias (out,)."""
         super().__init__()
         self._sizes, self._taps = (index.out_features, index.in_features), index.taps
-        self.values = nn.Parameter(values)
+        self.values = nn.Parameter(masked(values, index))
         self.bias = None if bias is None else nn.Parameter(bias)
         self.register_buffer("lists", index.lists)
         self.register_buffer("groups", index.groups, persistent=False)  # made of the lists
@@ -54,16 +55,14 @@ class BlockLayer(nn.Module):
 
     def matrix(self) -> Tensor:
         """The weight (out, taps * in), zeros where no block is kept; differentiable."""
-        values: Tensor = self.values
-        if is_whole(values):  # so its gradient is masked, too
-            values = gather(scatter(values, self.index), self.index)
-        return scatter(values, self.index)
+        return scatter(masked(self.values, self.index), self.index)  # so its gradient is, too
 
     def _apply(self, fn: Any, recurse: bool = True) -> "BlockLayer":
         """Values lie in order, also in a model that was moved to torch.channels_last."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if not self.values.is_contiguous():
-            self.values.data = self.values.data.contiguous()
+        for part in (self.values, self.values.grad):
+            if part is not None and not part.is_contiguous():
+                part.data = part.data.contiguous()
         return self
 
     def kept(self) -> str:
@@ -121,19 +120,22 @@ def _trains_dense(
 def _converted(layer: BlockLayer, state: dict[str, Any], prefix: str, *_: object) -> None:
     """Makes values of a state whole, or blocks of them, as those of the layer are.
 
-    What does not fit is left to PyTorch, which says so.
+    What does not fit is left to PyTorch, which says so; then nothing of the layer changes.
     """
-    name, index = f"{prefix}values", layer.index
-    values, lists = state.get(name), state.get(f"{prefix}lists", layer.lists)
-    if values is None or not (is_whole(values) or is_whole(layer.values)):
+    name, listed, index = f"{prefix}values", f"{prefix}lists", layer.index
+    values, lists = state.get(name), state.get(listed, layer.lists)
+    if values is None:
         return
     if lists.shape != layer.lists.shape:
         state[name] = layer.values.detach()  # the lists are refused: nothing is to change
         return
-    held = replace(index, lists=lists.to(values.device, torch.int32))
     fits = whole_shape(index) if is_whole(values) else (len(index.columns), *index.block)
     if values.shape != fits:
+        state[listed] = layer.lists
         return
+    if not is_whole(values) and not is_whole(layer.values):
+        return
+    held = replace(index, lists=lists.to(values.device, torch.int32))
     mask_of(held.starts, held.columns, index.in_features // index.block[1])
     blocks = gather(scatter(values, held), held) if is_whole(values) else values
     state[name] = whole_of(blocks, held) if is_whole(layer.values) else blocks
@@ -149,3 +151,5 @@ def _rebuild(layer: BlockLayer, _: object) -> None:
         layer.groups.copy_(made.groups)
     else:
         layer.groups = made.groups
+    if is_whole(layer.values):  # also where a state held lists alone
+        layer.values.data.copy_(masked(layer.values.data, index))

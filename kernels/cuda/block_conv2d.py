@@ -10,6 +10,7 @@ from torch import Tensor
 from kernels.block_conv2d import reference
 from kernels.block_index import BlockIndex, flat, is_whole, unflat, whole_shape
 from kernels.cuda import block_linear, linear
+from kernels.cuda.block_linear import INPUT, OUTPUT, PARTS, WEIGHT
 from kernels.cuda.conv2d import aligned, empty, images, pixels
 from kernels.cuda.rounding import narrowed, precision
 from kernels.window import Pair, Window
@@ -56,7 +57,7 @@ def input_grad(
         return spread(small, window.stride, size)
     from kernels.cuda import implicit, many, whole
 
-    if is_whole(values) or not pays(index, grad.dtype, grad.shape, window):
+    if is_whole(values) or not pays(index, grad.dtype, grad.shape, window, INPUT):
         weight = unflat(whole.matrix_of(values, index), window.kernel)
         return _dense(aligned(grad), weight, None, window, to=size)
     turned = turned_window(window)
@@ -77,7 +78,7 @@ def weight_grad(grad: Tensor, x: Tensor, index: BlockIndex, window: Window) -> T
         return block_linear.weight_grad(pixels(aligned(grad)), pixels(aligned(x)), index)
     from kernels.cuda import sampled_conv2d, whole
 
-    if _alike(x.dtype) and not pays(index, x.dtype, grad.shape, window, of_weight=True):
+    if _alike(x.dtype) and not pays(index, x.dtype, grad.shape, window, WEIGHT):
         found = _dense_weight_grad(aligned(grad), aligned(x), index, window)
         return whole.blocks_of(flat(found), index)
     given = (index, aligned(grad), aligned(x), window)
@@ -107,14 +108,14 @@ def pays(
     dtype: torch.dtype,
     out: Sequence[int],
     window: Window,
-    of_weight: bool = False,
+    part: str = OUTPUT,
 ) -> bool:
     """Whether our kernels are faster than PyTorch's; of what is dilated that was not measured."""
     if window.dilation != ONE:
         return True
-    pixels = prod(out) // out[1]
-    dense = _dense_us(index, dtype, pixels, of_weight) + block_linear.moving_us(index, dtype)
-    return _blocks_us(index, dtype, pixels, of_weight) <= dense
+    each = (index, dtype, prod(out) // out[1])
+    dense = _dense_us(*each, part) + block_linear.moving_us(index, dtype)
+    return _blocks_us(*each, window, part) <= dense
 
 
 def trains_dense(index: BlockIndex, dtype: torch.dtype, pixels: int, window: Window) -> bool:
@@ -122,9 +123,9 @@ def trains_dense(index: BlockIndex, dtype: torch.dtype, pixels: int, window: Win
     if window.of_pixels or not block_linear.fits(index, dtype):
         return block_linear.trains_dense(index, dtype, pixels)
     each = (index, dtype, pixels)
-    times = [(_blocks_us(*each, part), _dense_us(*each, part)) for part in block_linear.PARTS]
-    measured = window.dilation == ONE and _alike(dtype)
+    times = [(_blocks_us(*each, window, part), _dense_us(*each, part)) for part in PARTS]
     dense = sum(time for _, time in times)
+    measured = window.dilation == ONE and _alike(dtype)
     return measured and block_linear.whole_pays(index, dtype, times, dense)
 
 
@@ -133,15 +134,18 @@ def _alike(dtype: torch.dtype) -> bool:
     return narrowed(dtype, True) in ("", "matmul conv")
 
 
-def _blocks_us(index: BlockIndex, dtype: torch.dtype, pixels: int, of_weight: bool) -> float:
-    """Microseconds of our kernels on an H200."""
-    each = _SLOWER * block_linear.factor(index, dtype, of_weight)
-    return (7 if of_weight else 2) + each * block_linear.compute_us(index, dtype, pixels)
+def _blocks_us(
+    index: BlockIndex, dtype: torch.dtype, pixels: int, window: Window, part: str
+) -> float:
+    """Microseconds of our kernels on an H200; behind a stride zeros stand in the gradient."""
+    spread = prod(window.stride) if part is INPUT else 1
+    each = _SLOWER * block_linear.factor(index, dtype, part) * spread
+    return (7 if part is WEIGHT else 2) + each * block_linear.compute_us(index, dtype, pixels)
 
 
-def _dense_us(index: BlockIndex, dtype: torch.dtype, pixels: int, of_weight: bool) -> float:
+def _dense_us(index: BlockIndex, dtype: torch.dtype, pixels: int, part: str) -> float:
     """Microseconds of cuDNN's."""
-    least, each = (14, 1.05) if of_weight else (7, 0.95)
+    least, each = (14, 1.05) if part is WEIGHT else (7, 0.95)
     return least + each * block_linear.compute_us(index, dtype, pixels)
 
 

@@ -32,7 +32,7 @@ _READ = 3.2e6  # bytes of a weight that a dense product reads in a microsecond
 _ZEROED = 3.5e6  # bytes of zeros that `whole` writes in a microsecond
 _WRITTEN = 4.2e6  # bytes of a gradient that a product writes in a microsecond
 _BEGINNING = 2.0  # microseconds
-PARTS = (False, False, True)  # of a step of training: whether it is the weight's gradient
+OUTPUT, INPUT, WEIGHT = PARTS = ("output", "gradient of the input", "gradient of the weight")
 _STEP = 0.45  # microseconds of up to 64 columns of a block, however few tokens there are
 
 
@@ -55,7 +55,7 @@ def input_grad(grad: Tensor, values: Tensor, index: BlockIndex) -> Tensor:
         return reference.input_grad(grad, values, index)
     from kernels.cuda import many, whole
 
-    if is_whole(values) or not pays(index, grad.dtype, len(grad)):
+    if is_whole(values) or not pays(index, grad.dtype, len(grad), INPUT):
         return grad @ whole.matrix_of(values, index)
     walk = many.by_columns(index, aligned(values))
     with torch.cuda.device(grad.device):
@@ -68,7 +68,7 @@ def weight_grad(grad: Tensor, x: Tensor, index: BlockIndex) -> Tensor:
         return reference.weight_grad(grad, x, index)
     from kernels.cuda import sampled, whole
 
-    if not pays(index, x.dtype, len(x), of_weight=True):
+    if not pays(index, x.dtype, len(x), WEIGHT):
         return whole.blocks_of(grad.t() @ x, index)
     with torch.cuda.device(x.device):
         return sampled.weight_grad(index, aligned(grad), aligned(x), precision=precision())
@@ -101,17 +101,17 @@ def fits(index: BlockIndex, dtype: torch.dtype) -> bool:
     return dtype in DTYPES and set(index.block) <= set(SIZES) and has_triton()
 
 
-def pays(index: BlockIndex, dtype: torch.dtype, tokens: int, of_weight: bool = False) -> bool:
+def pays(index: BlockIndex, dtype: torch.dtype, tokens: int, part: str = OUTPUT) -> bool:
     """Whether our kernels are faster than a dense product and `whole`, by a rule of thumb.
 
     Args:
         index: of the blocks.
         dtype: of what is multiplied, of two or four bytes.
         tokens: or pixels of the output.
-        of_weight: for the weight's gradient, not a product with it.
+        part: of a step of training, one of `PARTS`.
     """
-    dense = _dense_us(index, dtype, tokens, of_weight) + moving_us(index, dtype)
-    return _blocks_us(index, dtype, tokens, of_weight) <= dense
+    dense = _dense_us(index, dtype, tokens, part) + moving_us(index, dtype)
+    return _blocks_us(index, dtype, tokens, part) <= dense
 
 
 def trains_dense(index: BlockIndex, dtype: torch.dtype, tokens: int) -> bool:
@@ -120,14 +120,14 @@ def trains_dense(index: BlockIndex, dtype: torch.dtype, tokens: int) -> bool:
         return True
     each = (index, dtype, tokens)
     times = [(_blocks_us(*each, part), _dense_us(*each, part)) for part in PARTS]
-    dense = 2 * _dense_us(*each) + min(times[-1])
+    dense = times[0][1] + times[1][1] + min(times[2])
     return whole_pays(index, dtype, times, dense)
 
 
 def samples(index: BlockIndex, dtype: torch.dtype, tokens: int) -> bool:
     """Whether the gradient of a whole weight is faster at the blocks alone, then masked."""
-    own, dense = _blocks_us(index, dtype, tokens, True), _dense_us(index, dtype, tokens, True)
-    return own < dense
+    each = (index, dtype, tokens, WEIGHT)
+    return _blocks_us(*each) < _dense_us(*each)
 
 
 def whole_pays(
@@ -152,9 +152,9 @@ def compute_us(index: BlockIndex, dtype: torch.dtype, tokens: int) -> float:
     return 2 * tokens * index.out_features * index.in_features / _FLOP[_kind(dtype)]
 
 
-def factor(index: BlockIndex, dtype: torch.dtype, of_weight: bool) -> float:
+def factor(index: BlockIndex, dtype: torch.dtype, part: str) -> float:
     """How many times as long our kernels take for what is kept."""
-    cost = (_OF_WEIGHT if of_weight else _WITH_WEIGHT)[_kind(dtype)][min(index.block)]
+    cost = (_OF_WEIGHT if part is WEIGHT else _WITH_WEIGHT)[_kind(dtype)][min(index.block)]
     return share(index) * cost
 
 
@@ -168,24 +168,26 @@ def moving_us(index: BlockIndex, dtype: torch.dtype) -> float:
     return _BEGINNING + index.out_features * index.in_features * dtype.itemsize / _MOVED
 
 
-def _blocks_us(index: BlockIndex, dtype: torch.dtype, tokens: int, of_weight: bool) -> float:
+def _blocks_us(index: BlockIndex, dtype: torch.dtype, tokens: int, part: str) -> float:
     """Microseconds of our kernels; of few tokens a product walks a row of blocks in steps."""
-    held, needed = share(index), factor(index, dtype, of_weight) * compute_us(index, dtype, tokens)
-    if of_weight:
+    held, needed = share(index), factor(index, dtype, part) * compute_us(index, dtype, tokens)
+    if part is WEIGHT:
         return _BEGINNING + needed + held * _written_us(index, dtype)
-    least = _STEP * held * index.in_features / min(index.block[1], 64)
+    row, width = index.in_features, index.block[1]
+    if part is INPUT:  # by columns
+        row, width = index.out_features, index.block[0]
+    least = _STEP * held * row / min(width, 64)
     together = min(index.block) == 64  # wide tiles: a step waits, and then multiplies
     return _BEGINNING + (needed + least if together else max(needed, least))
 
 
-def _dense_us(
-    index: BlockIndex, dtype: torch.dtype, tokens: int, of_weight: bool = False
-) -> float:
+def _dense_us(index: BlockIndex, dtype: torch.dtype, tokens: int, part: str) -> float:
     """Microseconds of a dense product."""
-    if of_weight:
-        return _BEGINNING + compute_us(index, dtype, tokens) + _written_us(index, dtype)
+    needed = compute_us(index, dtype, tokens)
+    if part is WEIGHT:
+        return _BEGINNING + needed + _written_us(index, dtype)
     read = index.out_features * index.in_features * dtype.itemsize / _READ
-    return _BEGINNING + max(compute_us(index, dtype, tokens), read)
+    return _BEGINNING + max(needed, read)
 
 
 def _written_us(index: BlockIndex, dtype: torch.dtype) -> float:

@@ -168,6 +168,16 @@ def test_narrow_numbers_round_once(dtype: torch.dtype) -> None:
     assert (y.double() - true).norm() <= torch.finfo(dtype).eps * true.norm()
 
 
+@pytest.mark.parametrize("held", [False, True])
+def test_gradients_keep_their_dtype_under_autocast(held: bool) -> None:
+    net, x = layer(held=held), draws.numbers(0, 2, 6, 7, 5).requires_grad_()
+    y, given = net(x), [x, net.values]
+    true = torch.autograd.grad(y.square().sum(), given, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(y.square().sum(), given)
+    assert all(torch.equal(mine, its) for mine, its in zip(found, true, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_autocast_is_that_of_a_convolution(dtype: torch.dtype) -> None:
     net, x = layer().to(dtype), draws.numbers(0, 2, 6, 7, 5).to(dtype)

@@ -287,11 +287,33 @@ def test_a_state_that_does_not_fit_is_refused_as_a_whole(held: bool, to: bool) -
     with pytest.raises(RuntimeError, match="size mismatch for lists"):
         other.load_state_dict(state, strict=False)
     assert torch.equal(before, other.weight())
-    like = layer(to)
+    like = layer(to)  # as many blocks, others
+    like.load_state_dict(layer(held).state_dict() | _others(like))
+    before = like.weight().detach().clone()
     for values in (net.values[:1], net.values.transpose(-1, -2), net.values[..., :1]):
         with pytest.raises(RuntimeError, match="size mismatch for values"):
             like.load_state_dict(net.state_dict() | {"values": values})
-        assert torch.equal(like.weight(), net.weight())
+        assert torch.equal(like.weight(), before)
+
+
+def _others(net: kernels.BlockLinear) -> dict[str, Tensor]:
+    """The lists of as many other blocks."""
+    mask = block_mask(net.weight(), (4, 2)).flip(0)
+    return {"lists": block_index(mask, (4, 2)).lists}
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_lists_alone_change_which_blocks_are_kept(held: bool) -> None:
+    net, x = layer(held), draws.numbers(0, 7, 10)
+    net.load_state_dict(_others(net), strict=False)
+    torch.testing.assert_close(net(x), F.linear(x, net.weight(), net.bias))
+
+
+def test_values_given_whole_are_masked() -> None:
+    net = layer(True)
+    values = torch.ones_like(net.values)
+    made = kernels.BlockLinear(net.index, values)
+    assert torch.equal(made.values, whole_of(gather(torch.ones(24, 10), net.index), net.index))
 
 
 def test_what_a_state_holds_beside_its_blocks_is_not_loaded() -> None:
@@ -307,8 +329,10 @@ def test_what_a_state_holds_beside_its_blocks_is_not_loaded() -> None:
 def test_values_lie_in_order_in_a_model_of_channels_last() -> None:
     net, x = layer(True), draws.numbers(0, 7, 10)
     y = net(x)
+    y.sum().backward()
     net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     assert net.values.is_contiguous()
+    assert net.values.grad is not None and net.values.grad.is_contiguous()
     assert torch.equal(net(x), y)
 
 

@@ -39,6 +39,12 @@ class BlockLayer(nn.Module):
     def __init__(self, index: BlockIndex, values: Tensor, bias: Tensor | None = None) -> None:
         """Args: values as `kernels.block_index.gather` or `whole_of` give them, bias (out,)."""
         super().__init__()
+        blocks, whole = (len(index.columns), *index.block), whole_shape(index)
+        if tuple(values.shape) not in (blocks, whole):
+            raise ValueError(
+                f"{type(self).__name__}: values must be {blocks}, or whole {whole}, as the index "
+                f"says, got {tuple(values.shape)}"
+            )
         self._sizes, self._taps = (index.out_features, index.in_features), index.taps
         self.values = nn.Parameter(masked(values, index))
         self.bias = None if bias is None else nn.Parameter(bias)

@@ -367,5 +367,7 @@ def test_what_does_not_fit_is_named() -> None:
         ops.block_linear(x, net.values, None, lists.long(), groups, 24)
     with pytest.raises(ValueError, match=r"must divide into 5x2, got \(24, 10\)"):
         kernels.BlockLinear.of(nn.Linear(10, 24), (5, 2))
+    with pytest.raises(ValueError, match=r"BlockLinear: values must be \(9, 4, 2\), or whole"):
+        kernels.BlockLinear(net.index, torch.ones(1, 2, 3, 4))
     with pytest.raises(ValueError, match="needs a bool mask"):
         block_index(torch.ones(2, 2), (4, 4))

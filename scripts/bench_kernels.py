@@ -149,14 +149,19 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--sparsity", type=float, nargs="+", default=list(MARKS))
     parser.add_argument("--only", default="", help="cases whose name holds this")
-    parser.add_argument("--drawn", type=int, default=0, help="so many cases of any shape (cuda)")
-    parser.add_argument("--tuned", action="store_true", help="them by kernels.tune")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--drawn", type=int, default=0, help="so many cases of any shape (cuda)")
+    either.add_argument("--training", type=int, default=0, help="so many that train (cuda)")
+    parser.add_argument("--tuned", action="store_true", help="those drawn by kernels.tune")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
-    if args.drawn < 0:
-        parser.error(f"--drawn must not be negative, got {args.drawn}")
-    if (args.drawn and args.device != "cuda") or (args.tuned and not args.drawn):
-        parser.error("--drawn goes with --device cuda, and --tuned with --drawn")
+    for name, count in (("--drawn", args.drawn), ("--training", args.training)):
+        if count < 0:
+            parser.error(f"{name} must not be negative, got {count}")
+        if count and args.device != "cuda":
+            parser.error(f"{name} goes with --device cuda")
+    if args.tuned and not args.drawn:
+        parser.error("--tuned goes with --drawn")
     return args
 
 

@@ -210,7 +210,9 @@ def run(args: argparse.Namespace) -> int:
     torch.backends.cudnn.benchmark = True
     on, rows = card(), list[Row]()
     named: Any = chain(cases(args.sparsity), training_on_gpu.cases(args.sparsity))
-    chosen = drawn(args.drawn, args.tuned) if args.drawn else named
+    chosen: Any = drawn(args.drawn, args.tuned) if args.drawn else named
+    if args.training:
+        chosen = training_on_gpu.drawn(args.training, WIDTHS, SHARES)
     print(on, HEAD, sep="\n", flush=True)
     with torch.no_grad():
         for case in chosen:
@@ -222,7 +224,7 @@ def run(args: argparse.Namespace) -> int:
                     args.json.parent.mkdir(parents=True, exist_ok=True)
                     args.json.write_text(json.dumps(found, indent=1) + "\n")
     ratios = sorted(row.ratio for row in rows if row.ratio)
-    if args.drawn and ratios:
+    if (args.drawn or args.training) and ratios:
         slowest = ", ".join(f"{ratio:.3f}" for ratio in ratios[:3])
         print(f"{len(ratios)} drawn: slowest {slowest}, median {statistics.median(ratios):.2f}")
     return 0 if all(row.correct for row in rows) else 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,31 +19,37 @@ Layer = kernels.BlockLinear | kernels.BlockConv2d
 TOKENS, FEW, SIZE, BLOCKS = 8192, 512, 4096, (64, 128, 32)
 IMAGES, CHANNELS, SIDES, SIDE = 64, 256, (28, 14), 64  # of convolutions; SIDE of their blocks
 WEIGHT, ALL = "weight gradient", "forward and backward"
-CALLS = 4  # in a graph
+CALLS, SHORT, MOST = 4, 2e10, 32  # in a graph: more of fewer multiply-adds than SHORT
+DRAWN_TOKENS, DRAWN_IMAGES = (64, 128, 256, 512, 1024, 2048, 4096, 8192), (1, 4, 16, 64)
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A square linear layer in bfloat16."""
+    """A linear layer in bfloat16."""
 
     block: int
     tokens: int = TOKENS
+    rows: int = SIZE
+    columns: int = SIZE
     name = "block_linear"
 
     @property
     def shape(self) -> str:
         """As rows of the table name it."""
-        return f"{self.tokens} tokens, {SIZE}x{SIZE}"
+        return f"{self.tokens} tokens, {self.rows}x{self.columns}"
 
     def layer(self, sparsity: float) -> Layer:
         """The layer of blocks."""
-        mask = block_mask((SIZE // self.block, SIZE // self.block), 1, sparsity)
-        linear = nn.Linear(SIZE, SIZE, bias=False, device="cuda", dtype=torch.bfloat16)
+        mask = block_mask((self.rows // self.block, self.columns // self.block), 1, sparsity)
+        sizes = self.columns, self.rows
+        linear = nn.Linear(*sizes, bias=False, device="cuda", dtype=torch.bfloat16)
         return kernels.BlockLinear.of(linear, (self.block, self.block), mask, self.tokens)
 
-    def activations(self) -> Tensor:
-        """An input, or a gradient of the output."""
-        return torch.randn(self.tokens, SIZE, device="cuda").bfloat16()
+    def activations(self) -> tuple[Tensor, Tensor]:
+        """An input, and a gradient of the output."""
+        sizes = (self.tokens, self.columns), (self.tokens, self.rows)
+        x, grad = (torch.randn(size, device="cuda").bfloat16() for size in sizes)
+        return x, grad
 
     def dense(self, x: Tensor, weight: Tensor) -> Tensor:
         """PyTorch's output."""
@@ -65,26 +72,30 @@ class Conv2d:
 
     size: int
     block: int = SIDE
+    channels: int = CHANNELS
+    images: int = IMAGES
     name = "block_conv2d"
 
     @property
     def shape(self) -> str:
         """As rows of the table name it."""
-        return f"3x3 {CHANNELS} ch {self.size}^2, batch {IMAGES}"
+        return f"3x3 {self.channels} ch {self.size}^2, batch {self.images}"
 
     def layer(self, sparsity: float) -> Layer:
         """The layer of blocks."""
-        blocks = CHANNELS // self.block
+        blocks = self.channels // self.block
         mask = block_mask((blocks, blocks, 3, 3), 1, sparsity)
-        conv = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, bias=False)
+        conv = nn.Conv2d(self.channels, self.channels, 3, padding=1, bias=False)
         conv = conv.to("cuda", torch.bfloat16)
-        pixels = IMAGES * self.size**2
+        pixels = self.images * self.size**2
         return kernels.BlockConv2d.of(conv, (self.block, self.block), mask, pixels)
 
-    def activations(self) -> Tensor:
-        """An input, or a gradient of the output."""
-        x = torch.randn(IMAGES, CHANNELS, self.size, self.size, device="cuda").bfloat16()
-        return x.contiguous(memory_format=torch.channels_last)
+    def activations(self) -> tuple[Tensor, Tensor]:
+        """An input, and a gradient of the output."""
+        size = (self.images, self.channels, self.size, self.size)
+        x, grad = (torch.randn(size, device="cuda").bfloat16() for _ in range(2))
+        last = torch.channels_last
+        return x.contiguous(memory_format=last), grad.contiguous(memory_format=last)
 
     def dense(self, x: Tensor, weight: Tensor) -> Tensor:
         """CuDNN's output."""
@@ -123,11 +134,13 @@ class Training:
 
     def work(self) -> Work:
         """Makes the layer, checks and says what is timed."""
-        layer, x, grad = self.of.layer(self.sparsity), self.of.activations(), self.of.activations()
+        layer, (x, grad) = self.of.layer(self.sparsity), self.of.activations()
         x.requires_grad_()
         ours, dense = self._steps(layer, x, grad)
         products = 1 if self.operation == WEIGHT else 3
         kept = gather(scatter(layer.values, layer.index), layer.index).detach()
+        flop = 2.0 * grad.numel() / grad.shape[1]  # a weight's
+        calls = min(MOST, int(SHORT / (flop * layer.weight().numel())) + CALLS)
         return Work(
             self.operation,
             self.of.shape,
@@ -136,12 +149,12 @@ class Training:
             self._correct(layer, ours(), x, grad),
             "dense" if is_whole(layer.values) else self.of.name,
             kept,
-            CALLS,
+            calls,
             lambda _: ours,
             lambda _: dense,
             {},
             products * (x.nbytes + grad.nbytes + kept.nbytes),
-            products * 2.0 * kept.numel() * grad.numel() / grad.shape[1],
+            products * flop * kept.numel(),
         )
 
     def _steps(self, layer: Layer, x: Tensor, grad: Tensor) -> tuple[Step, Step]:
@@ -183,3 +196,21 @@ def cases(sparsities: Sequence[float]) -> Iterator[Training]:
     for of in layers:
         for sparsity in sparsities:
             yield from (Training(operation, of, sparsity) for operation in (WEIGHT, ALL))
+
+
+def drawn(count: int, widths: Sequence[int], shares: Sequence[float]) -> Iterator[Training]:
+    """Layers that train, of any of these widths and shares of zeros, the same in every run.
+
+    Forward and backward: how a layer holds its weight is chosen for all of a step.
+    """
+    draw = random.Random(0)
+    for _ in range(count):
+        block, share = draw.choice((16, 32, 64, 128)), draw.choice(shares)
+        of: Linear | Conv2d
+        if draw.random() < 0.2:
+            channels, images = max(block, draw.choice((64, 128, 256))), draw.choice(DRAWN_IMAGES)
+            of = Conv2d(draw.choice((7, 14, 28, 56)), block, channels, images)
+        else:
+            tokens, rows, columns = map(draw.choice, (DRAWN_TOKENS, widths, widths))
+            of = Linear(block, tokens, rows, columns)
+        yield Training(ALL, of, share)

@@ -124,7 +124,7 @@ def trains_dense(index: BlockIndex, dtype: torch.dtype, pixels: int, window: Win
         return block_linear.trains_dense(index, dtype, pixels)
     each = (index, dtype, pixels)
     times = [(_blocks_us(*each, window, part), _dense_us(*each, part)) for part in PARTS]
-    dense = sum(time for _, time in times)
+    dense = sum(time for _, time in times) + block_linear.masking_us(index, dtype)
     measured = window.dilation == ONE and _alike(dtype)
     return measured and block_linear.whole_pays(index, dtype, times, dense)
 
@@ -140,13 +140,18 @@ def _blocks_us(
     """Microseconds of our kernels on an H200; behind a stride zeros stand in the gradient."""
     spread = prod(window.stride) if part is INPUT else 1
     each = _SLOWER * block_linear.factor(index, dtype, part) * spread
-    return (7 if part is WEIGHT else 2) + each * block_linear.compute_us(index, dtype, pixels)
+    needed = each * block_linear.compute_us(index, dtype, pixels)
+    if part is WEIGHT:
+        return 2.5 + min(0.48 * pixels / 64, 6) + needed
+    return 2.4 + max(needed, 0.2 * block_linear.steps_of(index, part))
 
 
 def _dense_us(index: BlockIndex, dtype: torch.dtype, pixels: int, part: str) -> float:
     """Microseconds of cuDNN's."""
-    least, each = (14, 1.05) if part is WEIGHT else (7, 0.95)
-    return least + each * block_linear.compute_us(index, dtype, pixels)
+    needed = block_linear.compute_us(index, dtype, pixels)
+    if part is WEIGHT:
+        return min(2.5 + 0.103 * pixels**0.5, 14) + 1.05 * needed
+    return 7 + 0.95 * needed
 
 
 def _dense(

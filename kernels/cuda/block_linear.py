@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from kernels.block_index import BlockIndex, is_whole, whole_shape
 from kernels.block_linear import reference
+from kernels.cuda import whole_grad
 from kernels.cuda.blocks import DTYPES, SIZES
 from kernels.cuda.driver import has_triton
 from kernels.cuda.linear import aligned
@@ -30,10 +31,17 @@ _FLOP = {"16 bits": 750e6, "ieee": 50e6, "tf32": 425e6}  # of a dense product in
 _MOVED = 2.4e6  # bytes of a matrix that `whole` writes or reads in a microsecond
 _READ = 3.2e6  # bytes of a weight that a dense product reads in a microsecond
 _ZEROED = 3.5e6  # bytes of zeros that `whole` writes in a microsecond
+_PAYS = 0.98  # of the time, from which on a whole weight, which takes more memory, pays
+_PIECE = 64  # bytes of a block's row, of fewer zeros take as long as the whole matrix
 _WRITTEN = 4.2e6  # bytes of a gradient that a product writes in a microsecond
-_BEGINNING = 2.0  # microseconds
+# Microseconds that a launch takes at least: of `whole`, of zeros behind a gradient, of ours, and
+# of dense, with the weight and for its gradient.
+_MOVING, _ZEROING, _OURS, _DENSE, _DENSE_GRADIENT = 2.0, 1.4, 2.6, 3.0, 2.3
 OUTPUT, INPUT, WEIGHT = PARTS = ("output", "gradient of the input", "gradient of the weight")
-_STEP = 0.45  # microseconds of up to 64 columns of a block, however few tokens there are
+# Microseconds that one after another takes, however little it is: up to 64 columns of a block, by
+# its smaller side; 64 tokens of a gradient, ours up to so many, dense up to so long.
+_STEP = {16: 0.45, 32: 0.45, 64: 0.45, 128: 0.3}
+_OURS_STEP, _OURS_STEPS, _DENSE_STEP, _DENSE_STEPS_US = 0.26, 17, 0.11, 7.0
 
 
 def forward(x: Tensor, values: Tensor, bias: Tensor | None, index: BlockIndex) -> Tensor:
@@ -80,6 +88,9 @@ def masked_grad(grad: Tensor, x: Tensor, index: BlockIndex) -> Tensor:
         return reference.masked_grad(grad, x, index)
     from kernels.cuda import sampled, whole
 
+    if fuses(index, x.dtype, len(x)):
+        matrix = whole_grad.weight_grad(index, aligned(grad), aligned(x))
+        return matrix.view(whole_shape(index))
     how = sampled.plan(index, x, len(x), precision())
     if how.split == 1 and samples(index, x.dtype, len(x)):
         matrix = x.new_empty(index.out_features, index.in_features)
@@ -120,8 +131,8 @@ def trains_dense(index: BlockIndex, dtype: torch.dtype, tokens: int) -> bool:
         return True
     each = (index, dtype, tokens)
     times = [(_blocks_us(*each, part), _dense_us(*each, part)) for part in PARTS]
-    dense = times[0][1] + times[1][1] + min(times[2])
-    return whole_pays(index, dtype, times, dense)
+    gradient = min(_masked_us(*each), _fused_us(*each))
+    return whole_pays(index, dtype, times, times[0][1] + times[1][1] + gradient)
 
 
 def samples(index: BlockIndex, dtype: torch.dtype, tokens: int) -> bool:
@@ -130,21 +141,32 @@ def samples(index: BlockIndex, dtype: torch.dtype, tokens: int) -> bool:
     return _blocks_us(*each) < _dense_us(*each)
 
 
+def fuses(index: BlockIndex, dtype: torch.dtype, tokens: int) -> bool:
+    """Whether the gradient of a whole weight is faster by the kernel that gives its zeros too."""
+    each = (index, dtype, tokens)
+    return _fused_us(*each) <= _masked_us(*each)
+
+
 def whole_pays(
-    index: BlockIndex, dtype: torch.dtype, times: Sequence[tuple[float, float]], dense: float
+    index: BlockIndex, dtype: torch.dtype, times: Sequence[tuple[float, float]], whole: float
 ) -> bool:
-    """Whether a whole weight, its gradient masked, takes less time than one held as blocks.
+    """Whether a whole weight takes less time than one held as blocks.
 
     Args:
         index: of the blocks.
         dtype: of the weight.
         times: microseconds of our kernels and of dense, of each part of a step.
-        dense: of a step with the whole weight, but for masking.
+        whole: of a step with the whole weight.
     """
-    weights = index.out_features * index.in_features
-    masking = _BEGINNING + (1 - share(index)) * weights * dtype.itemsize / _ZEROED
     blocks = sum(min(own, dense + moving_us(index, dtype)) for own, dense in times)
-    return dense + masking < blocks
+    return whole < _PAYS * blocks
+
+
+def masking_us(index: BlockIndex, dtype: torch.dtype) -> float:
+    """Microseconds of writing zeros where no block is kept."""
+    zeros = 1.0 if index.block[1] * dtype.itemsize < _PIECE else 1 - share(index)
+    weights = index.out_features * index.in_features
+    return _ZEROING + zeros * weights * dtype.itemsize / _ZEROED
 
 
 def compute_us(index: BlockIndex, dtype: torch.dtype, tokens: int) -> float:
@@ -165,29 +187,50 @@ def share(index: BlockIndex) -> float:
 
 def moving_us(index: BlockIndex, dtype: torch.dtype) -> float:
     """Microseconds of making the whole weight of its blocks, or taking them out of it."""
-    return _BEGINNING + index.out_features * index.in_features * dtype.itemsize / _MOVED
+    return _MOVING + index.out_features * index.in_features * dtype.itemsize / _MOVED
 
 
 def _blocks_us(index: BlockIndex, dtype: torch.dtype, tokens: int, part: str) -> float:
-    """Microseconds of our kernels; of few tokens a product walks a row of blocks in steps."""
+    """Microseconds of our kernels."""
     held, needed = share(index), factor(index, dtype, part) * compute_us(index, dtype, tokens)
     if part is WEIGHT:
-        return _BEGINNING + needed + held * _written_us(index, dtype)
-    row, width = index.in_features, index.block[1]
+        needed += held * _written_us(index, dtype)
+        least = _OURS_STEP * min(tokens / 64, _OURS_STEPS)
+    else:
+        least = _STEP[min(index.block)] * steps_of(index, part)
+    return _OURS + (needed**1.5 + least**1.5) ** (1 / 1.5)  # one partly waits for the other
+
+
+def steps_of(index: BlockIndex, part: str) -> float:
+    """Of up to 64 columns, in about the longest row of blocks, which a product walks in turn."""
+    count, width = index.in_features / index.block[1], index.block[1]
     if part is INPUT:  # by columns
-        row, width = index.out_features, index.block[0]
-    least = _STEP * held * row / min(width, 64)
-    together = min(index.block) == 64  # wide tiles: a step waits, and then multiplies
-    return _BEGINNING + (needed + least if together else max(needed, least))
+        count, width = index.taps * index.out_features / index.block[0], index.block[0]
+    held = share(index)
+    longest = held * count + 1.5 * math.sqrt(count * held * (1 - held))
+    return min(longest, count) * max(1, width / 64)
 
 
 def _dense_us(index: BlockIndex, dtype: torch.dtype, tokens: int, part: str) -> float:
     """Microseconds of a dense product."""
     needed = compute_us(index, dtype, tokens)
     if part is WEIGHT:
-        return _BEGINNING + needed + _written_us(index, dtype)
+        least = min(_DENSE_STEP * tokens / 64, _DENSE_STEPS_US)
+        return _DENSE_GRADIENT + max(needed, least) + _written_us(index, dtype)
     read = index.out_features * index.in_features * dtype.itemsize / _READ
-    return _BEGINNING + max(needed, read)
+    return _DENSE + max(needed, read)
+
+
+def _masked_us(index: BlockIndex, dtype: torch.dtype, tokens: int) -> float:
+    """Microseconds of the gradient of a whole weight, of dense or at its blocks, then masked."""
+    each = (index, dtype, tokens, WEIGHT)
+    return min(_blocks_us(*each), _dense_us(*each)) + masking_us(index, dtype)
+
+
+def _fused_us(index: BlockIndex, dtype: torch.dtype, tokens: int) -> float:
+    """Microseconds of whole_grad.cu, inf where it does not take it."""
+    taken = whole_grad.takes(index, dtype)
+    return whole_grad.microseconds(index, tokens) if taken else math.inf
 
 
 def _written_us(index: BlockIndex, dtype: torch.dtype) -> float:

@@ -1,16 +1,26 @@
-// What hopper.cu and halves.cu share: the copy engine, barriers, wgmma, and how sums are written.
+// What hopper.cu, halves.cu and whole_grad.cu share: the copy engine, barriers, wgmma, and how the first two write sums.
 //
-// Given: W_LINE (bytes of 64 columns of a row of w as they are stored), K_BYTES (of words for 64 columns of all rows), PIECE
-// (tokens that are written at once), STAGES, BIAS (whether there is one), ACT, BF16.
+// Given: W_LINE (bytes of 64 columns of a row of w as they are stored), K_BYTES (of words for 64 columns of all rows), SPAN
+// and HEIGHT (tokens of a tile, of whole_grad.cu columns, and rows; else 256 and 128), PIECE (tokens that are written at
+// once), STAGES, BF16; of the first two BIAS (whether there is one) and ACT.
 
 #include "common.cuh"
 
 typedef unsigned long long u64;
 struct alignas(64) Map { u64 words[16]; };  // CUtensorMap
 
-constexpr int TOKENS = 256, ROWS = 128, STEP = 64, LINE = 128;  // of a tile; LINE: bytes of 64 columns of x
+#ifndef SPAN
+#define SPAN 256
+#endif
+#ifndef HEIGHT
+#define HEIGHT 128
+#endif
+
+constexpr int TOKENS = SPAN, ROWS = HEIGHT, STEP = 64, LINE = 128;  // of a tile; LINE: bytes of 64 columns of x
+constexpr bool TURNS = ROWS == 64;  // whether the groups that multiply take steps in turn, not half of the rows each
 constexpr int X_BYTES = TOKENS * LINE, W_BYTES = ROWS * W_LINE, STAGE = X_BYTES + W_BYTES + K_BYTES, Y_BYTES = PIECE * LINE;
-constexpr int FULL = STAGES * STAGE + 4 * Y_BYTES, EMPTY = FULL + 8 * STAGES;  // barriers, behind stages and sums
+constexpr int SUMS = TURNS ? 2 * Y_BYTES + TOKENS * 256 : 4 * Y_BYTES;      // bytes for sums
+constexpr int FULL = STAGES * STAGE + SUMS, EMPTY = FULL + 8 * STAGES;  // barriers, behind stages and sums
 constexpr int WARPS = 8, THREADS = 32 * (WARPS + 4), PIECES = TOKENS / PIECE;  // warps that multiply; four more load
 
 DEVICE void init(u32 barrier, int count) {
@@ -35,7 +45,7 @@ DEVICE void release(u32 barrier) {
 // w and its lists may be read at once, they were complete before this was launched; what reads x or writes y waits
 DEVICE void begin(u32 base) {
   if (threadIdx.x == 0) {
-    for (int s = 0; s < STAGES; ++s) init(base + FULL + 8 * s, 1), init(base + EMPTY + 8 * s, WARPS);
+    for (int s = 0; s < STAGES; ++s) init(base + FULL + 8 * s, 1), init(base + EMPTY + 8 * s, TURNS ? WARPS / 2 : WARPS);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
@@ -60,24 +70,28 @@ DEVICE u64 operand(u32 at) {
 #define C4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
 #define C16(i) C4(i), C4(i + 4), C4(i + 8), C4(i + 12)
 #define C64(i) C16(i), C16(i + 16), C16(i + 32), C16(i + 48)
-#define SUMS \
-  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, " \
-  "%25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, " \
-  "%71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, " \
-  "%94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, " \
-  "%114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}"
+#define SUMS32 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, " \
+  "%25, %26, %27, %28, %29, %30, %31"
+#define SUMS64 \
+  SUMS32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, " \
+  "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define SUMS128 \
+  SUMS64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, " \
+  "%85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, " \
+  "%107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, " \
+  "%126, %127"
 
 // 16 columns of 64 rows of w by 256 tokens
 DEVICE void multiply_by_group(float (&c)[128], u64 w, u64 x, int add) {
   asm volatile("{ .reg .pred p; setp.ne.b32 p, %130, 0; wgmma.mma_async.sync.aligned.m64n256k16.f32." KIND "." KIND
-               " " SUMS ", %128, %129, p, 1, 1, 0, 0; }" : C64(0), C64(64) : "l"(w), "l"(x), "r"(add));
+               " {" SUMS128 "}, %128, %129, p, 1, 1, 0, 0; }" : C64(0), C64(64) : "l"(w), "l"(x), "r"(add));
 }
 // 32 columns of which half are there; of a word `kinds` for two such products this one takes those of WHICH
 template <int WHICH>
 DEVICE void multiply_halves(float (&c)[128], u64 w, u64 x, u32 kinds, int add) {
   asm volatile("{ .reg .pred p; setp.ne.b32 p, %132, 0; wgmma.mma_async.sp.sync.aligned.m64n256k32.f32." KIND "." KIND
-               " " SUMS ", %128, %129, %130, %131, p, 1, 1, 0, 0; }"
+               " {" SUMS128 "}, %128, %129, %130, %131, p, 1, 1, 0, 0; }"
                : C64(0), C64(64) : "l"(w), "l"(x), "r"(kinds), "n"(WHICH), "r"(add));
 }
 // registers of a thread of the four warps that load, and of those that multiply: in all as many as there are
@@ -89,12 +103,18 @@ template <int LEFT>
 DEVICE void wait_for_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
 }
+DEVICE u32 both(float low, float high) {
+  u32 pair;
+  asm("cvt.rn." KIND "x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+// --- sums of rows of w and tokens, that become y[token, row]
+#ifdef BIAS
+
 DEVICE u32 pair(float low, float high, float bias) {
   if (BIAS) low += bias, high += bias;
-  u32 both;
-  low = activate(low, ACT), high = activate(high, ACT);
-  asm("cvt.rn." KIND "x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-  return both;
+  return both(activate(low, ACT), activate(high, ACT));
 }
 
 // The sums of a tile, which leave beside the first products of the next one: PIECE tokens at a time.
@@ -130,3 +150,5 @@ DEVICE void write(const Written& sums, int piece, const Map& ys, u32 staged, int
   asm volatile("bar.sync %0, 128;" ::"r"(1 + part) : "memory");
   if (leads) store(ys, sums.row, sums.token + piece * PIECE, base);
 }
+
+#endif

@@ -1,6 +1,6 @@
 import pytest
 
-from scripts import bench_kernels, kernels_on_gpu, options
+from scripts import bench_kernels, kernels_on_gpu, options, training_on_gpu
 
 
 def test_drawn_cases_are_the_same_in_every_run_and_divide_into_their_blocks() -> None:
@@ -16,12 +16,29 @@ def test_drawn_cases_are_the_same_in_every_run_and_divide_into_their_blocks() ->
     assert kinds == {kernels_on_gpu.Linear, kernels_on_gpu.Conv2d}
 
 
+def test_drawn_layers_that_train_divide_into_their_blocks() -> None:
+    given = (200, kernels_on_gpu.WIDTHS, kernels_on_gpu.SHARES)
+    cases = list(training_on_gpu.drawn(*given))
+    assert cases == list(training_on_gpu.drawn(*given)) and len(set(map(str, cases))) > 180
+    for case in cases:
+        if isinstance(case.of, training_on_gpu.Linear):
+            assert case.of.rows % case.of.block == case.of.columns % case.of.block == 0
+        else:
+            assert case.of.channels % case.of.block == 0
+    kinds = {(type(case.of), case.operation) for case in cases}
+    every = training_on_gpu.ALL
+    assert kinds == {(training_on_gpu.Linear, every), (training_on_gpu.Conv2d, every)}
+
+
 @pytest.mark.parametrize(
     ("given", "law"),
     [
-        (["--drawn", "3"], "--drawn goes with --device cuda, and --tuned with --drawn"),
-        (["--device", "cuda", "--tuned"], "--drawn goes with --device cuda"),
+        (["--drawn", "3"], "--drawn goes with --device cuda"),
+        (["--training", "3"], "--training goes with --device cuda"),
+        (["--device", "cuda", "--tuned", "--training", "3"], "--tuned goes with --drawn"),
         (["--device", "cuda", "--drawn", "-3"], "--drawn must not be negative, got -3"),
+        (["--device", "cuda", "--training", "-1"], "--training must not be negative, got -1"),
+        (["--device", "cuda", "--training", "3", "--drawn", "3"], "not allowed with"),
     ],
 )
 def test_what_does_not_go_together_is_refused(

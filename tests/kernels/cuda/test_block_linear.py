@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import kernels
 from kernels.block_index import BlockIndex, block_index, gather, is_whole, scatter, whole_of
-from kernels.cuda import block_linear
+from kernels.cuda import block_linear, whole_grad
 from kernels.cuda.blocks import SIZES
 from kernels.cuda.rounding import precision
 
@@ -121,11 +121,13 @@ def test_where_dense_is_faster(
 
 @pytest.mark.parametrize("block", [*BLOCKS, (24, 10)])
 @pytest.mark.parametrize("dtype", [*NARROW, torch.float64])
-@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("way", ["dense", "blocks", "fused"])
 def test_values_held_whole(
-    own: bool, dtype: torch.dtype, block: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    way: str, dtype: torch.dtype, block: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(block_linear, "samples", lambda *_: own)
+    if way != "fused":
+        monkeypatch.setattr(whole_grad, "takes", lambda *_: False)
+    monkeypatch.setattr(block_linear, "samples", lambda *_: way == "blocks")
     values, index = drawn((6, 9), block, 0.8, dtype)
     values = whole_of(values, index)
     for shape in ((200,), (2, 3), (0,)):
@@ -162,9 +164,12 @@ def test_large_weights(size: int, block: int, tokens: int) -> None:
 
 
 @pytest.mark.parametrize(("side", "tokens"), [(64, 64), (64, 500), (128, 300)])
-def test_large_weights_held_whole_of_few_tokens(side: int, tokens: int) -> None:
+def test_large_weights_held_whole_of_few_tokens(
+    side: int, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     values, index = drawn((4096 // side, 2048 // side), (side, side), 0.5, torch.bfloat16)
     assert block_linear.samples(index, torch.bfloat16, tokens)
+    monkeypatch.setattr(whole_grad, "takes", lambda *_: False)
     x = torch.randn(tokens, 2048, device="cuda").bfloat16()
     check(x, whole_of(values, index), None, index)
 

@@ -16,6 +16,7 @@ from kernels.cuda import (
     halves,
     linear,
     pack,
+    whole_grad,
 )
 from kernels.cuda.blocks import EIGHT, LINEAR, Blocks, Form
 from kernels.window import Window
@@ -148,30 +149,44 @@ def test_blocks_that_train(
     assert block_linear.pays(index, torch.bfloat16, tokens, block_linear.WEIGHT) == gradient
 
 
+@pytest.fixture
+def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on an H200."""
+    monkeypatch.setattr(block_linear, "has_triton", lambda: True)
+    monkeypatch.setattr(whole_grad, "takes", lambda _, dtype: dtype.itemsize == 2)
+    monkeypatch.setattr(whole_grad, "_at_once", lambda _: 132)
+
+
+@pytest.mark.usefixtures("on_hopper")
 @pytest.mark.parametrize(
-    ("tokens", "side", "kept", "dense"),
+    ("tokens", "size", "side", "kept", "dense"),
     [
-        (8192, 64, 0.7, True),  # blocks 0.96 times as fast as dense
-        (8192, 64, 0.6, False),  # 1.17
-        (1024, 64, 0.7, True),  # 0.85
-        (1024, 64, 0.5, False),  # 1.08
-        (512, 64, 0.5, True),  # 0.88
-        (512, 64, 0.3, False),  # 1.31
-        (64, 64, 0.5, True),  # 0.75
-        (64, 64, 0.3, False),  # 1.11
-        (8192, 128, 0.7, False),  # 1.26
-        (128, 128, 0.7, True),  # 0.72
-        (4096, 32, 0.3, True),  # 0.97
-        (512, 32, 0.1, False),  # 1.66
-        (4096, 16, 0.1, True),  # 0.95
-        (512, 16, 0.1, True),  # 0.72
+        (8192, 4096, 64, 0.7, True),  # blocks 0.96 times as fast as dense
+        (8192, 4096, 64, 0.6, False),  # 1.17
+        (1024, 4096, 64, 0.7, True),  # 0.85
+        (1024, 4096, 64, 0.5, False),  # 1.08
+        (512, 4096, 64, 0.5, True),  # 0.88
+        (512, 4096, 64, 0.3, False),  # 1.31
+        (64, 4096, 64, 0.5, True),  # 0.75
+        (64, 4096, 64, 0.3, False),  # 1.11
+        (8192, 4096, 128, 0.7, False),  # 1.26
+        (128, 4096, 128, 0.7, True),  # 0.72
+        (4096, 4096, 32, 0.3, True),  # 0.97
+        (512, 4096, 32, 0.1, False),  # 1.66
+        (4096, 4096, 16, 0.1, True),  # 0.95
+        (512, 4096, 16, 0.1, True),  # 0.72
+        (64, 4096, 16, 0.1, True),  # 0.93
+        (1024, 1024, 64, 0.3, True),  # 0.80
+        (4096, 1024, 64, 0.3, False),  # 1.17
+        (2048, 1024, 64, 0.1, False),  # 1.29
+        (512, 1024, 32, 0.1, True),  # 0.78
+        (2048, 1024, 128, 0.7, True),  # 0.75
     ],
 )
 def test_weights_that_are_held_whole_to_train(
-    tokens: int, side: int, kept: float, dense: bool, monkeypatch: pytest.MonkeyPatch
+    tokens: int, size: int, side: int, kept: float, dense: bool
 ) -> None:
-    monkeypatch.setattr(block_linear, "has_triton", lambda: True)
-    index = index_of(4096, side, kept)
+    index = index_of(size, side, kept)
     assert block_linear.trains_dense(index, torch.bfloat16, tokens) == dense
     assert block_linear.trains_dense(index, torch.float64, tokens)  # no kernel of ours takes it
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.cuda import driver, few
+from kernels.cuda import driver, few, whole_grad
 from kernels.cuda.blocks import LINEAR, Blocks, Form
 from kernels.cuda.driver import CompileError, image
 from kernels.window import Window
@@ -56,6 +56,11 @@ def test_sources_compile(target: str, narrow: int) -> None:
             kind = {"BIAS": bias, "ACT": activation, "BF16": narrow}
             compiles("hopper.cu", "sm_90a", BC=wide, STAGES=4, **kind)
             compiles("halves.cu", "sm_90a", STAGES=5, **kind)
+        for tile, block in itertools.product(whole_grad.TILES, ((16, 16), (64, 32), (32, 128))):
+            rows, columns = tile
+            shape = {"HEIGHT": rows, "SPAN": columns, "STAGES": whole_grad.stages_of(*tile)}
+            shape |= {"BH": block[0], "BW": block[1]}
+            compiles("whole_grad.cu", "sm_90a", **shape, BF16=narrow)
     for high, wide, depth in itertools.product((1, 2, 4), (1, 2, 4), (2, 3)):
         shape = {"MT": high, "NT": wide, "WARPS": 16 if wide == 4 else 24, "BF16": narrow}
         compiles("expand.cu", target, **shape, DEPTH=depth, COPIES=3)

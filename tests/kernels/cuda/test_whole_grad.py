@@ -1,0 +1,160 @@
+"""On a GPU of compute capability 9.0: `pytest -m gpu`; how large tiles are, anywhere."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.block_index import BlockIndex, block_index, gather, scatter, whole_shape
+from kernels.cuda import block_linear, whole_grad
+from tests.kernels.cuda.test_block_linear import BOUND
+from tests.kernels.cuda.test_hopper import on_hopper
+
+ops = torch.ops.sparse_nas
+BLOCKS = [(16, 16), (32, 64), (64, 64), (128, 16), (16, 128), (128, 128)]
+
+
+@pytest.fixture
+def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
+    """Tiles of so many rows and columns."""
+    size: tuple[int, int] = request.param
+    monkeypatch.setattr(whole_grad, "TILES", {size: whole_grad.TILES[size]})
+    return size
+
+
+tiles = pytest.mark.parametrize("tile", whole_grad.TILES, indirect=True)
+
+
+def drawn(rows: int, columns: int, block: tuple[int, int], density: float) -> BlockIndex:
+    return block_index(
+        torch.rand(rows // block[0], columns // block[1], device="cuda") < density, block
+    )
+
+
+def given(index: BlockIndex, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A gradient of the output, and an input."""
+    sizes = (tokens, index.out_features), (tokens, index.in_features)
+    grad, x = (torch.randn(size, device="cuda").to(dtype) for size in sizes)
+    return grad, x
+
+
+def check(index: BlockIndex, tokens: int, dtype: torch.dtype) -> None:
+    """Against float64 on what the kernel was given, twice: bit-equal."""
+    grad, x = given(index, tokens, dtype)
+    assert whole_grad.takes(index, dtype)
+    true = scatter(gather(grad.double().t() @ x.double(), index), index)
+    whole_grad.weight_grad(index, grad, x)
+    poison = torch.full(true.shape, float("nan"), dtype=dtype, device="cuda")
+    del poison  # the allocator gives its memory to the result
+    found = whole_grad.weight_grad(index, grad, x)
+    assert not found.isnan().any() and not found[true == 0].any()
+    error = (found.double() - true).norm() / true.norm().clamp(min=1e-30)
+    assert error < BOUND[dtype], float(error)
+    assert torch.equal(found, whole_grad.weight_grad(index, grad, x))
+
+
+@pytest.mark.gpu
+@on_hopper
+@tiles
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 63, 64, 200, 1111])
+def test_ragged_sizes(
+    tokens: int, dtype: torch.dtype, block: tuple[int, int], tile: tuple[int, int]
+) -> None:
+    torch.manual_seed(tokens)
+    for rows, columns in ((1, 1), (3, 5), (13, 11)):
+        check(drawn(rows * block[0], columns * block[1], block, 0.6), tokens, dtype)
+
+
+@pytest.mark.gpu
+@on_hopper
+@tiles
+@pytest.mark.parametrize("density", [0.0, 0.02, 0.5, 0.95, 1.0])
+@pytest.mark.parametrize("side", [16, 128])
+def test_more_tiles_than_run_at_once(side: int, density: float, tile: tuple[int, int]) -> None:
+    """Rows of up to 640 blocks; the last wave is not full."""
+    torch.manual_seed(0)
+    index = drawn(2944, 10240, (side, side), density)
+    for tokens in (64, 300):
+        check(index, tokens, torch.bfloat16)
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_blocks_may_lie_anyhow() -> None:
+    """Rows whose blocks lie together, first, last or in the middle."""
+    mask = torch.zeros(16, 512, dtype=torch.bool, device="cuda")
+    for row, (first, last) in enumerate(((0, 40), (470, 512), (100, 200), (0, 512), (511, 512))):
+        mask[row, first:last] = True
+    mask[8:] = mask[:8].roll(17, 1)
+    check(block_index(mask, (16, 16)), 100, torch.bfloat16)
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_zeros_are_zeros_whatever_is_multiplied() -> None:
+    index = drawn(512, 768, (32, 32), 0.5)
+    grad, x = given(index, 100, torch.bfloat16)
+    grad[3], x[5] = float("inf"), float("nan")
+    found = whole_grad.weight_grad(index, grad, x)
+    kept = scatter(torch.ones(len(index.columns), 32, 32, device="cuda"), index) > 0
+    assert found[kept].isnan().all() and (found[~kept] == 0).all()
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_it_waits_for_what_it_reads_and_is_replayed() -> None:
+    """It may begin before the kernel before it has ended: here one whose result it reads."""
+    index = drawn(1024, 2048, (16, 16), 0.5)
+    grad, x = given(index, 4096, torch.bfloat16)
+    other, _ = given(index, 1024, torch.bfloat16)
+    assert block_linear.fuses(index, torch.bfloat16, 4096)
+
+    def call(grad: Tensor, x: Tensor) -> Tensor:
+        lists = (index.lists, index.groups, 16, 16)
+        found: Tensor = ops.block_linear_masked_grad(grad, x, *lists)
+        assert found.shape == whole_shape(index)
+        return found.view(1024, 2048)
+
+    call(other, call(grad, x))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(3):
+            first = call(grad, x)
+            second = call(other, first)
+    for _ in range(3):
+        grad.normal_()
+        graph.replay()
+        torch.cuda.synchronize()
+        alone = whole_grad.weight_grad(index, grad, x)
+        torch.cuda.synchronize()
+        assert torch.equal(first, alone)
+        assert torch.equal(second, whole_grad.weight_grad(index, other, alone))
+
+
+def index_of(rows: int, columns: int) -> BlockIndex:
+    return block_index(torch.ones(rows // 64, columns // 64, dtype=torch.bool), (64, 64))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows", "columns", "tile"),
+    [
+        (64, 512, 512, (64, 64)),  # 2.5 us, of 128x64 2.6, of 128x128 3.1
+        (1024, 512, 512, (64, 64)),  # 4.6, 5.3, 7.1
+        (512, 1024, 1024, (128, 64)),  # 4.0, of 64x64 5.4, of 128x128 5.0
+        (64, 2048, 2048, (128, 128)),  # 5.0, of 256 columns 5.0
+        (256, 4096, 4096, (128, 256)),  # 15.8, of 128 columns 20.9
+        (8192, 4096, 4096, (128, 256)),  # 393, 405
+        (1024, 11008, 4096, (128, 256)),  # 133, 181
+    ],
+)
+def test_tiles_are_as_large_as_was_fastest(
+    tokens: int,
+    rows: int,
+    columns: int,
+    tile: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(whole_grad, "_at_once", lambda _: 132)
+    assert whole_grad._plan(index_of(rows, columns), tokens)[1] == tile
+    assert not whole_grad.takes(index_of(rows, columns), torch.bfloat16)  # on the CPU

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from kernels.block_conv2d import reference
 from kernels.block_index import BlockIndex, flat, is_whole, unflat, whole_shape
-from kernels.cuda import block_linear, linear
-from kernels.cuda.block_linear import INPUT, OUTPUT, PARTS, WEIGHT
+from kernels.cuda import block_linear, linear, step_time
 from kernels.cuda.conv2d import aligned, empty, images, pixels
 from kernels.cuda.rounding import narrowed, precision
+from kernels.cuda.step_time import INPUT, OUTPUT, PARTS, WEIGHT
 from kernels.window import Pair, Window
 
 ONE = (1, 1)
@@ -114,7 +114,7 @@ def pays(
     if window.dilation != ONE:
         return True
     each = (index, dtype, prod(out) // out[1])
-    dense = _dense_us(*each, part) + block_linear.moving_us(index, dtype)
+    dense = _dense_us(*each, part) + step_time.moving(index, dtype)
     return _blocks_us(*each, window, part) <= dense
 
 
@@ -124,7 +124,7 @@ def trains_dense(index: BlockIndex, dtype: torch.dtype, pixels: int, window: Win
         return block_linear.trains_dense(index, dtype, pixels)
     each = (index, dtype, pixels)
     times = [(_blocks_us(*each, window, part), _dense_us(*each, part)) for part in PARTS]
-    dense = sum(time for _, time in times) + block_linear.masking_us(index, dtype)
+    dense = sum(time for _, time in times) + step_time.zeroing(index, dtype)
     measured = window.dilation == ONE and _alike(dtype)
     return measured and block_linear.whole_pays(index, dtype, times, dense)
 
@@ -139,16 +139,16 @@ def _blocks_us(
 ) -> float:
     """Microseconds of our kernels on an H200; behind a stride zeros stand in the gradient."""
     spread = prod(window.stride) if part is INPUT else 1
-    each = _SLOWER * block_linear.factor(index, dtype, part) * spread
-    needed = each * block_linear.compute_us(index, dtype, pixels)
+    each = _SLOWER * step_time.factor(index, dtype, part) * spread
+    needed = each * step_time.compute(index, dtype, pixels)
     if part is WEIGHT:
         return 2.5 + min(0.48 * pixels / 64, 6) + needed
-    return 2.4 + max(needed, 0.2 * block_linear.steps_of(index, part))
+    return 2.4 + max(needed, 0.2 * step_time.steps_of(index, part))
 
 
 def _dense_us(index: BlockIndex, dtype: torch.dtype, pixels: int, part: str) -> float:
     """Microseconds of cuDNN's."""
-    needed = block_linear.compute_us(index, dtype, pixels)
+    needed = step_time.compute(index, dtype, pixels)
     if part is WEIGHT:
         return min(2.5 + 0.103 * pixels**0.5, 14) + 1.05 * needed
     return 7 + 0.95 * needed

@@ -9,7 +9,7 @@
 //
 // Operands lie as they are stored, a token's numbers one after another, 64 to a line; wgmma transposes both.
 //
-// Given: HEIGHT (128 or 64), SPAN (256, 128 or 64), STAGES, BH and BW (rows and columns of a block, multiples of 16), BF16.
+// Given: HEIGHT (128 or 64), SPAN (256, 192, 128 or 64), STAGES, BH and BW (rows and columns of a block, multiples of 16), BF16.
 
 #define W_LINE 128
 #define K_BYTES 0
@@ -18,8 +18,7 @@
 
 constexpr int BOX = STEP * LINE;                     // bytes of 64 tokens of 64 columns
 constexpr int RING = 4, SPARE = 3, UNIT = 16;        // tiles that are looked up ahead, by so many warps; least side of a block
-constexpr int COUNT = SPAN > BW ? SPAN / BW : 1;     // blocks of a tile side by side
-constexpr u32 ONES = (1u << (SPAN > BW ? BW : SPAN) / UNIT) - 1;
+constexpr u32 ONES = (1u << BW / UNIT) - 1;          // a bit for 16 columns
 constexpr int KEPT = EMPTY + 8 * STAGES, KEPT_FULL = KEPT + 4 * WARPS * RING, KEPT_EMPTY = KEPT_FULL + 8 * RING;
 constexpr int NEAR = 16;                             // rows of tiles, all columns of which come before others
 
@@ -31,6 +30,9 @@ constexpr int AHEAD = UNIT * LINE / 16;  // from one product's tokens to the nex
 #if SPAN == 256
 #define HELD C64(0), C64(64)
 #define PRODUCT "setp.ne.b32 p, %130, 0; wgmma.mma_async.sync.aligned.m64n256k16.f32." KIND "." KIND " {" SUMS128 "}, %128, %129"
+#elif SPAN == 192
+#define HELD C64(0), C16(64), C16(80)
+#define PRODUCT "setp.ne.b32 p, %98, 0; wgmma.mma_async.sync.aligned.m64n192k16.f32." KIND "." KIND " {" SUMS96 "}, %96, %97"
 #elif SPAN == 128
 #define HELD C64(0)
 #define PRODUCT "setp.ne.b32 p, %66, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32." KIND "." KIND " {" SUMS64 "}, %64, %65"
@@ -66,6 +68,9 @@ DEVICE Tile placed(int tile, int down, int across) {
   return {(first + rest % side) * ROWS, rest / side * SPAN};
 }
 
+// of a row's columns every so many is looked at, by 32 lanes
+DEVICE int apart(int begins, int ends) { return (ends - begins + 31) / 32; }
+
 struct Sums {
   u32 pairs[SPAN / 4];
   int row = -1, column;  // -1: there are none
@@ -82,7 +87,7 @@ DEVICE void write(const Sums& sums, int piece, const Map& ys, u32 staged, int pa
   const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16;
   const u32 base = staged + piece % 2 * Y_BYTES;
   const bool leads = threadIdx.x % 128 == 0;
-  if (leads) wait_until_read<(PIECES > 1)>();  // the piece in whose place this one comes
+  if (leads) wait_until_read<(PIECES % 2 == 0)>();  // the piece in whose place this one comes
   asm volatile("bar.sync %0, 128;" ::"r"(1 + part) : "memory");
 #pragma unroll
   for (int j = 0; j < 8; j += 2) {
@@ -135,38 +140,34 @@ whole_grad(const __grid_constant__ Map gs, const __grid_constant__ Map xs, const
     }
     for (int tile = blockIdx.x; tile < all; tile += gridDim.x, advance_slot()) {
       const Tile at = placed(tile, down, across);
-      const int first = at.column / BW;
-      const int* list[SPARE];
-      int count[SPARE], from[SPARE];
+      const int first = at.column / BW, end = (at.column + SPAN - 1) / BW + 1;  // blocks
+      int from[SPARE], ends[SPARE];  // of the columns of a row of blocks
       u32 kept[SPARE];
-      // columns ascend: a look at 32 places of a list says from which on
+      // columns ascend: a look at 32 of them says from which on
 #pragma unroll
       for (int k = 0; k < SPARE; ++k) {
         const int part = warp - WARPS - 1 + k * SPARE, row = at.row + part * UNIT;
         const bool there = part < ROWS / UNIT && row < rows;
-        const int begins = there ? starts[row / BH] : 0;
-        count[k] = there ? starts[row / BH + 1] - begins : 0, list[k] = columns + begins;
+        from[k] = there ? starts[row / BH] : 0, ends[k] = there ? starts[row / BH + 1] : 0;
       }
 #pragma unroll
-      for (int k = 0; k < SPARE; ++k) {
-        const int apart = (count[k] + 31) / 32;
-        from[k] = count[k] ? list[k][min(lane * apart, count[k] - 1)] : first;
-      }
+      for (int k = 0; k < SPARE; ++k)
+        kept[k] = from[k] < ends[k] ? columns[min(from[k] + lane * apart(from[k], ends[k]), ends[k] - 1)] : first;
 #pragma unroll
       for (int k = 0; k < SPARE; ++k) {
-        const int apart = (count[k] + 31) / 32, before = __popc(__ballot_sync(0xffffffffu, from[k] < first));
-        from[k] = max(before - 1, 0) * apart, kept[k] = 0;
+        const int before = __popc(__ballot_sync(0xffffffffu, (int)kept[k] < first));
+        from[k] += max(before - 1, 0) * apart(from[k], ends[k]), kept[k] = 0;
       }
       for (bool more = true; more;) {
         int column[SPARE];
         more = false;
 #pragma unroll
-        for (int k = 0; k < SPARE; ++k) column[k] = from[k] + lane < count[k] ? list[k][from[k] + lane] : first + COUNT;
+        for (int k = 0; k < SPARE; ++k) column[k] = from[k] + lane < ends[k] ? columns[from[k] + lane] : end;
 #pragma unroll
         for (int k = 0; k < SPARE; ++k) {
-          const u32 side = column[k] - first;
-          kept[k] |= side < COUNT ? ONES << side * (BW / UNIT) : 0;
-          more |= __all_sync(0xffffffffu, column[k] < first + COUNT), from[k] += 32;
+          const int side = column[k] * (BW / UNIT) - at.column / UNIT;  // it may begin before the tile
+          if (column[k] >= first && column[k] < end) kept[k] |= side < 0 ? ONES >> -side : ONES << side;
+          more |= __all_sync(0xffffffffu, column[k] < end), from[k] += 32;
         }
       }
       wait(base + KEPT_EMPTY + 8 * slot, turn ^ 1);

@@ -16,6 +16,7 @@ from kernels.cuda import (
     halves,
     linear,
     pack,
+    step_time,
     whole_grad,
 )
 from kernels.cuda.blocks import EIGHT, LINEAR, Blocks, Form
@@ -146,7 +147,7 @@ def test_blocks_that_train(
 ) -> None:
     index = index_of(4096, side, kept)
     assert block_linear.pays(index, torch.bfloat16, tokens) == product
-    assert block_linear.pays(index, torch.bfloat16, tokens, block_linear.WEIGHT) == gradient
+    assert block_linear.pays(index, torch.bfloat16, tokens, step_time.WEIGHT) == gradient
 
 
 @pytest.fixture
@@ -195,10 +196,10 @@ def test_the_gradient_of_the_input_walks_columns(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(block_linear, "has_triton", lambda: True)
     mask = torch.arange(256 * 16).view(256, 16) % 2 == 0
     tall, wide = block_index(mask, (64, 64)), block_index(mask.t(), (64, 64))
-    for part, other in ((block_linear.OUTPUT, wide), (block_linear.INPUT, tall)):
+    for part, other in ((step_time.OUTPUT, wide), (step_time.INPUT, tall)):
         assert not block_linear.pays(other, torch.bfloat16, 64, part)  # 256 blocks in a row
     assert block_linear.pays(tall, torch.bfloat16, 64)
-    assert block_linear.pays(wide, torch.bfloat16, 64, block_linear.INPUT)
+    assert block_linear.pays(wide, torch.bfloat16, 64, step_time.INPUT)
     assert block_linear.trains_dense(tall, torch.bfloat16, 64)
 
 
@@ -255,11 +256,11 @@ def test_convolutions_that_train(size: int, kept: float, product: bool, gradient
     window = Window((3, 3), (1, 1), (1, 1), (1, 1))
     index, out = index_of(256, 64, kept, window.taps), (64, 256, size, size)
     assert block_conv2d.pays(index, torch.bfloat16, out, window) == product
-    assert block_conv2d.pays(index, torch.bfloat16, out, window, block_linear.WEIGHT) == gradient
+    assert block_conv2d.pays(index, torch.bfloat16, out, window, step_time.WEIGHT) == gradient
     assert block_conv2d.pays(index, torch.bfloat16, out, replace(window, dilation=(2, 2)))
-    assert block_conv2d.pays(index, torch.bfloat16, out, window, block_linear.INPUT) == product
+    assert block_conv2d.pays(index, torch.bfloat16, out, window, step_time.INPUT) == product
     strided = replace(window, stride=(2, 2))  # our gradient of the input costs that of stride 1
-    assert not block_conv2d.pays(index, torch.bfloat16, out, strided, block_linear.INPUT)
+    assert not block_conv2d.pays(index, torch.bfloat16, out, strided, step_time.INPUT)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ Layer = kernels.BlockLinear | kernels.BlockConv2d
 TOKENS, FEW, SIZE, BLOCKS = 8192, 512, 4096, (64, 128, 32)
 IMAGES, CHANNELS, SIDES, SIDE = 64, 256, (28, 14), 64  # of convolutions; SIDE of their blocks
 WEIGHT, ALL = "weight gradient", "forward and backward"
-CALLS, SHORT, MOST = 4, 2e10, 32  # in a graph: more of fewer multiply-adds than SHORT
+CALLS, SHORT, MOST = 4, 2e10, 32  # in a graph: more of a product of fewer FLOP than SHORT
 DRAWN_TOKENS, DRAWN_IMAGES = (64, 128, 256, 512, 1024, 2048, 4096, 8192), (1, 4, 16, 64)
 
 
@@ -203,14 +203,18 @@ def drawn(count: int, widths: Sequence[int], shares: Sequence[float]) -> Iterato
 
     Forward and backward: how a layer holds its weight is chosen for all of a step.
     """
-    draw = random.Random(0)
-    for _ in range(count):
+    draw, left = random.Random(0), count
+    while left:
         block, share = draw.choice((16, 32, 64, 128)), draw.choice(shares)
         of: Linear | Conv2d
         if draw.random() < 0.2:
             channels, images = max(block, draw.choice((64, 128, 256))), draw.choice(DRAWN_IMAGES)
             of = Conv2d(draw.choice((7, 14, 28, 56)), block, channels, images)
+            blocks = 9 * (channels // block) ** 2
         else:
             tokens, rows, columns = map(draw.choice, (DRAWN_TOKENS, widths, widths))
             of = Linear(block, tokens, rows, columns)
-        yield Training(ALL, of, share)
+            blocks = rows // block * (columns // block)
+        if round((1 - share) * blocks):  # some block is kept
+            left -= 1
+            yield Training(ALL, of, share)

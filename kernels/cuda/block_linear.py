@@ -63,7 +63,7 @@ def masked_grad(grad: Tensor, x: Tensor, index: BlockIndex) -> Tensor:
         return reference.masked_grad(grad, x, index)
     from kernels.cuda import sampled, whole
 
-    if fuses(index, x.dtype, len(x)):
+    if fuses(index, x.dtype, len(x)) and whole_grad.ready(index, x):
         matrix = whole_grad.weight_grad(index, aligned(grad), aligned(x))
         return matrix.view(whole_shape(index))
     how = sampled.plan(index, x, len(x), precision())
@@ -125,7 +125,7 @@ def fuses(index: BlockIndex, dtype: torch.dtype, tokens: int) -> bool:
 def whole_pays(
     index: BlockIndex, dtype: torch.dtype, times: Sequence[tuple[float, float]], whole: float
 ) -> bool:
-    """Whether a whole weight takes less time than one held as blocks.
+    """Whether a whole weight takes less time than one held as blocks, or hardly more if small.
 
     Args:
         index: of the blocks.

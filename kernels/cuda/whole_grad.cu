@@ -18,6 +18,7 @@
 
 constexpr int BOX = STEP * LINE;                     // bytes of 64 tokens of 64 columns
 constexpr int RING = 4, SPARE = 3, UNIT = 16;        // tiles that are looked up ahead, by so many warps; least side of a block
+static_assert(!TURNS || STAGES % 2 == 0, "a group that takes every second step always meets the same stages");
 constexpr u32 ONES = (1u << BW / UNIT) - 1;          // a bit for 16 columns
 constexpr int KEPT = EMPTY + 8 * STAGES, KEPT_FULL = KEPT + 4 * WARPS * RING, KEPT_EMPTY = KEPT_FULL + 8 * RING;
 constexpr int NEAR = 16;                             // rows of tiles, all columns of which come before others
@@ -215,6 +216,7 @@ whole_grad(const __grid_constant__ Map gs, const __grid_constant__ Map xs, const
     wait(base + KEPT_FULL + 8 * slot, turn);
     u32 kept;
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(kept) : "r"(base + KEPT + 4 * (slot * WARPS + row / UNIT + warp % 4)) : "memory");
+    __syncwarp();
     release(base + KEPT_EMPTY + 8 * slot);
     wait_for_products<0>();
     if (own < steps) release(before);

@@ -25,6 +25,7 @@ def test_drawn_layers_that_train_divide_into_their_blocks() -> None:
             assert case.of.rows % case.of.block == case.of.columns % case.of.block == 0
         else:
             assert case.of.channels % case.of.block == 0
+    assert len(cases) == 200
     kinds = {(type(case.of), case.operation) for case in cases}
     every = training_on_gpu.ALL
     assert kinds == {(training_on_gpu.Linear, every), (training_on_gpu.Conv2d, every)}

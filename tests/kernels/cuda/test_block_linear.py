@@ -125,8 +125,10 @@ def test_where_dense_is_faster(
 def test_values_held_whole(
     way: str, dtype: torch.dtype, block: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if way != "fused":
-        monkeypatch.setattr(whole_grad, "takes", lambda *_: False)
+    fused = way == "fused"
+    monkeypatch.setattr(
+        block_linear, "fuses", lambda index, kind, _: fused and whole_grad.takes(index, kind)
+    )
     monkeypatch.setattr(block_linear, "samples", lambda *_: way == "blocks")
     values, index = drawn((6, 9), block, 0.8, dtype)
     values = whole_of(values, index)
@@ -169,7 +171,7 @@ def test_large_weights_held_whole_of_few_tokens(
 ) -> None:
     values, index = drawn((4096 // side, 2048 // side), (side, side), 0.5, torch.bfloat16)
     assert block_linear.samples(index, torch.bfloat16, tokens)
-    monkeypatch.setattr(whole_grad, "takes", lambda *_: False)
+    monkeypatch.setattr(block_linear, "fuses", lambda *_: False)
     x = torch.randn(tokens, 2048, device="cuda").bfloat16()
     check(x, whole_of(values, index), None, index)
 

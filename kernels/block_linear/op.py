@@ -124,9 +124,11 @@ def _save_forward(ctx: Any, inputs: Any, output: Tensor) -> None:
 def _forward_backward(ctx: Any, grad: Tensor) -> Any:
     x, values, *index = ctx.saved_tensors
     of_x, of_values, of_bias, *_ = ctx.needs_input_grad
+    # first what reads x, as PyTorch does: the forward pass may have left it in a cache
+    to_values = _values_grad(values, grad, x, *index) if of_values else None
     return (
         _ops().block_linear_input_grad(grad, values, *index, x.shape[-1]) if of_x else None,
-        _values_grad(values, grad, x, *index) if of_values else None,
+        to_values,
         grad.reshape(-1, grad.shape[-1]).sum(0) if of_bias else None,
         *(None, None, None),
     )

@@ -137,7 +137,11 @@ def _alike(dtype: torch.dtype) -> bool:
 def _blocks_us(
     index: BlockIndex, dtype: torch.dtype, pixels: int, window: Window, part: str
 ) -> float:
-    """Microseconds of our kernels on an H200; behind a stride zeros stand in the gradient."""
+    """Microseconds of our kernels on an H200; behind a stride zeros stand in the gradient.
+
+    A launch; of a gradient what 64 pixels after another wait, until they are shared out; of a
+    product its multiply-adds, or the steps of the longest row of blocks.
+    """
     spread = prod(window.stride) if part is INPUT else 1
     each = _SLOWER * step_time.factor(index, dtype, part) * spread
     needed = each * step_time.compute(index, dtype, pixels)
@@ -147,7 +151,7 @@ def _blocks_us(
 
 
 def _dense_us(index: BlockIndex, dtype: torch.dtype, pixels: int, part: str) -> float:
-    """Microseconds of cuDNN's."""
+    """Microseconds of cuDNN's: a launch, of a gradient longer with more pixels, and products."""
     needed = step_time.compute(index, dtype, pixels)
     if part is WEIGHT:
         return min(2.5 + 0.103 * pixels**0.5, 14) + 1.05 * needed

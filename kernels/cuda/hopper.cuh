@@ -19,8 +19,7 @@ struct alignas(64) Map { u64 words[16]; };  // CUtensorMap
 constexpr int TOKENS = SPAN, ROWS = HEIGHT, STEP = 64, LINE = 128;  // of a tile; LINE: bytes of 64 columns of x
 constexpr bool TURNS = ROWS == 64;  // whether the groups that multiply take steps in turn, not half of the rows each
 constexpr int X_BYTES = TOKENS * LINE, W_BYTES = ROWS * W_LINE, STAGE = X_BYTES + W_BYTES + K_BYTES, Y_BYTES = PIECE * LINE;
-constexpr int SUMS = TURNS ? 2 * Y_BYTES + TOKENS * 256 : 4 * Y_BYTES;      // bytes for sums
-constexpr int FULL = STAGES * STAGE + SUMS, EMPTY = FULL + 8 * STAGES;  // barriers, behind stages and sums
+constexpr int FULL = STAGES * STAGE + 4 * Y_BYTES, EMPTY = FULL + 8 * STAGES;  // barriers, behind stages and sums
 constexpr int WARPS = 8, THREADS = 32 * (WARPS + 4), PIECES = TOKENS / PIECE;  // warps that multiply; four more load
 
 DEVICE void init(u32 barrier, int count) {

@@ -18,7 +18,9 @@
 
 constexpr int BOX = STEP * LINE;                     // bytes of 64 tokens of 64 columns
 constexpr int RING = 4, SPARE = 3, UNIT = 16;        // tiles that are looked up ahead, by so many warps; least side of a block
-static_assert(!TURNS || STAGES % 2 == 0, "a group that takes every second step always meets the same stages");
+// of a tile a group meets every second stage, each in all of its phases; between tiles groups wait for each other
+static_assert(!TURNS || STAGES % 2 == 0, "else a group would miss phases of a stage");
+static_assert(!TURNS || SPAN / 2 * 512 <= 2 * Y_BYTES, "a group's sums come behind those that are written");
 constexpr u32 ONES = (1u << BW / UNIT) - 1;          // a bit for 16 columns
 constexpr int KEPT = EMPTY + 8 * STAGES, KEPT_FULL = KEPT + 4 * WARPS * RING, KEPT_EMPTY = KEPT_FULL + 8 * RING;
 constexpr int NEAR = 16;                             // rows of tiles, all columns of which come before others

@@ -63,12 +63,9 @@ def weight_grad(index: BlockIndex, grad: Tensor, x: Tensor) -> Tensor:
     maps = tuple(tensor_map(part, lines, STEP) for part, lines in boxes)
     shared = stages * ((rows + columns) * LINE + 16) + 4 * _STORED * LINE
     shared += _RING * (4 * _WARPS + 16) + 1024
-    grid = (
-        min(_at_once(x.device), _tiles(index.out_features, index.in_features, rows, columns)),
-        1,
-    )
+    blocks = min(_at_once(x.device), _tiles(index, rows, columns))
     numbers = (*given.shape, -(-len(x) // STEP))
-    kernel.launch(grid, THREADS, (index.starts, index.columns), numbers, shared, maps)
+    kernel.launch((blocks, 1), THREADS, (index.starts, index.columns), numbers, shared, maps)
     return given
 
 
@@ -91,15 +88,15 @@ def _defines(index: BlockIndex, x: Tensor) -> tuple[tuple[str, int], ...]:
 
 def _plan(index: BlockIndex, tokens: int) -> tuple[float, tuple[int, int]]:
     """Microseconds, and rows and columns of a tile with which it takes them: the fewest."""
-    sizes, times = (index.out_features, index.in_features), []
+    times = []
     for tile, (launch, step, least) in TILES.items():
-        waves = -(-_tiles(*sizes, *tile) // _at_once(index.lists.device))
+        waves = -(-_tiles(index, *tile) // _at_once(index.lists.device))
         times.append((launch + waves * max(step * -(-tokens // STEP), least), tile))
     return min(times)
 
 
-def _tiles(out: int, channels: int, rows: int, columns: int) -> int:
-    return -(-out // rows) * -(-channels // columns)
+def _tiles(index: BlockIndex, rows: int, columns: int) -> int:
+    return -(-index.out_features // rows) * -(-index.in_features // columns)
 
 
 @cache

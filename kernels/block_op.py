@@ -1,6 +1,7 @@
 """What the operators of kept blocks share: checks of their arguments, and their gradients."""
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from kernels import calls
 from kernels.block_index import BlockIndex, blocks_of, is_whole, whole_shape
 
 INDEX = "Tensor lists, Tensor groups"
+SMALL = 5e9  # FLOP of a product up to which a GPU has room for another beside it
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -102,6 +104,38 @@ def define(
     torch.library.register_autograd(
         f"sparse_nas::{name}", backward, setup_context=save, lib=calls.FRAGMENT
     )
+
+
+def both(
+    first: Callable[[], Tensor] | None, second: Callable[[], Tensor] | None, x: Tensor, flop: float
+) -> tuple[Tensor | None, Tensor | None]:
+    """Two gradients, None where there is no call.
+
+    One after the other; while a CUDA graph is captured, and where they are small, beside each
+    other: its replay need not wait for the host, which takes longer to launch such products than
+    a GPU to compute them.
+
+    Args:
+        first: gives one.
+        second: gives the other.
+        x: a tensor that both read, or one on its device.
+        flop: of each product.
+    """
+    alone = first is None or second is None or not x.is_cuda
+    if alone or not torch.cuda.is_current_stream_capturing() or flop > SMALL:
+        return first and first(), second and second()
+    here, beside = torch.cuda.current_stream(x.device), _beside(x.device)
+    beside.wait_stream(here)
+    with torch.cuda.stream(beside):
+        one = first and first()
+    two = second and second()
+    here.wait_stream(beside)
+    return one, two
+
+
+@cache
+def _beside(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def autocast(name: str) -> None:

@@ -6,6 +6,7 @@ their channels last in memory. Values are the kept blocks, or the weight held wh
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -184,12 +185,16 @@ def _forward_backward(ctx: Any, grad: Tensor) -> Any:
     x, values, *index = ctx.saved_tensors
     of_x, of_values, of_bias, *rest = ctx.needs_input_grad
     sizes = (x.shape[1], x.shape[2:])
-    return (
-        _ops().block_conv2d_input_grad(grad, values, *index, *sizes, *ctx.walk) if of_x else None,
-        _values_grad(values, grad, x, *index, walk=ctx.walk) if of_values else None,
-        grad.sum((0, 2, 3)) if of_bias else None,
-        *(None for _ in rest),
+    to_x, to_values = block_op.both(
+        partial(_ops().block_conv2d_input_grad, grad, values, *index, *sizes, *ctx.walk)
+        if of_x
+        else None,
+        partial(_values_grad, values, grad, x, *index, walk=ctx.walk) if of_values else None,
+        x,
+        2 * grad.numel() * x.shape[1] * _window(ctx.walk).taps,
     )
+    to_bias = grad.sum((0, 2, 3)) if of_bias else None
+    return to_x, to_values, to_bias, *(None for _ in rest)
 
 
 def _save_input_grad(ctx: Any, inputs: Any, output: Tensor) -> None:

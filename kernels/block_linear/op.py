@@ -5,6 +5,7 @@ held whole (`kernels.block_index.whole_of`): then the products are dense, and th
 values is masked.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -125,13 +126,16 @@ def _forward_backward(ctx: Any, grad: Tensor) -> Any:
     x, values, *index = ctx.saved_tensors
     of_x, of_values, of_bias, *_ = ctx.needs_input_grad
     # first what reads x, as PyTorch does: the forward pass may have left it in a cache
-    to_values = _values_grad(values, grad, x, *index) if of_values else None
-    return (
-        _ops().block_linear_input_grad(grad, values, *index, x.shape[-1]) if of_x else None,
-        to_values,
-        grad.reshape(-1, grad.shape[-1]).sum(0) if of_bias else None,
-        *(None, None, None),
+    to_values, to_x = block_op.both(
+        partial(_values_grad, values, grad, x, *index) if of_values else None,
+        partial(_ops().block_linear_input_grad, grad, values, *index, x.shape[-1])
+        if of_x
+        else None,
+        x,
+        2 * grad.numel() * x.shape[-1],
     )
+    to_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if of_bias else None
+    return to_x, to_values, to_bias, None, None, None
 
 
 def _save_input_grad(ctx: Any, inputs: Any, output: Tensor) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kernels
+from kernels import block_op
 from kernels.block_index import (
     BlockIndex,
     block_index,
@@ -303,7 +304,18 @@ def test_autocast(dtype: torch.dtype, way: str, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("way", ["blocks", "dense", "whole"])
-def test_a_captured_step_is_the_step(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("room", [0, block_op.SMALL])
+def test_a_captured_step_is_the_step(
+    room: float, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside, met = block_op._beside, list[torch.device]()
+    monkeypatch.setattr(block_op, "SMALL", room)
+
+    def noted(device: torch.device) -> torch.cuda.Stream:
+        met.append(device)
+        return beside(device)
+
+    monkeypatch.setattr(block_op, "_beside", noted)
     if way == "dense":
         take_dense(monkeypatch)
     net, x = layer(held=way == "whole"), images(torch.bfloat16, 64, 256, 8, 8).requires_grad_()
@@ -320,6 +332,7 @@ def test_a_captured_step_is_the_step(way: str, monkeypatch: pytest.MonkeyPatch) 
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         held = step()
+    assert len(met) == (2 if room else 0)  # gradients beside each other, of two layers
     for _ in range(10):
         with torch.no_grad():
             x.copy_(torch.randn_like(x))

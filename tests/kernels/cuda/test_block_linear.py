@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kernels
+from kernels import block_op
 from kernels.block_index import BlockIndex, block_index, gather, is_whole, scatter, whole_of
 from kernels.cuda import block_linear, whole_grad
 from kernels.cuda.blocks import SIZES
@@ -243,7 +244,18 @@ def test_autocast(dtype: torch.dtype, way: str, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("way", ["blocks", "dense", "whole"])
-def test_a_captured_step_is_the_step(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("room", [0, block_op.SMALL])
+def test_a_captured_step_is_the_step(
+    room: float, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside, met = block_op._beside, list[torch.device]()
+    monkeypatch.setattr(block_op, "SMALL", room)
+
+    def noted(device: torch.device) -> torch.cuda.Stream:
+        met.append(device)
+        return beside(device)
+
+    monkeypatch.setattr(block_op, "_beside", noted)
     if way == "dense":
         take_dense(monkeypatch)
     values, index = drawn((8, 8), (64, 64), 0.3, torch.bfloat16)
@@ -263,6 +275,7 @@ def test_a_captured_step_is_the_step(way: str, monkeypatch: pytest.MonkeyPatch) 
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         held = step()
+    assert len(met) == (2 if room else 0)  # gradients beside each other, of two layers
     for _ in range(10):
         with torch.no_grad():
             x.copy_(torch.randn_like(x))

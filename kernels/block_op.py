@@ -11,7 +11,6 @@ from kernels import calls
 from kernels.block_index import BlockIndex, blocks_of, is_whole, whole_shape
 
 INDEX = "Tensor lists, Tensor groups"
-SMALL = 5e9  # FLOP of a product up to which a GPU has room for another beside it
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -106,31 +105,35 @@ def define(
     )
 
 
-def both(
-    first: Callable[[], Tensor] | None, second: Callable[[], Tensor] | None, x: Tensor, flop: float
+def gradients(
+    of_values: Callable[[], Tensor] | None,
+    of_x: Callable[[], Tensor] | None,
+    x: Tensor,
+    room: Callable[[], bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Two gradients, None where there is no call.
+    """The gradients of values and of x, None where there is no call.
 
-    One after the other; while a CUDA graph is captured, and where they are small, beside each
-    other: its replay need not wait for the host, which takes longer to launch such products than
-    a GPU to compute them.
+    One after the other, that of values first, as PyTorch does: it reads x, which the forward pass
+    may have left in a cache. While a CUDA graph is captured, where there is room, on two streams:
+    a replay does not wait for the host, which takes longer to launch small products than a GPU to
+    compute them.
 
     Args:
-        first: gives one.
-        second: gives the other.
-        x: a tensor that both read, or one on its device.
-        flop: of each product.
+        of_values: gives that of values.
+        of_x: gives that of x.
+        x: of the layer.
+        room: whether they take less time beside each other.
     """
-    alone = first is None or second is None or not x.is_cuda
-    if alone or not torch.cuda.is_current_stream_capturing() or flop > SMALL:
-        return first and first(), second and second()
+    alone = of_values is None or of_x is None or not x.is_cuda
+    if alone or not torch.cuda.is_current_stream_capturing() or not room():
+        return of_values and of_values(), of_x and of_x()
     here, beside = torch.cuda.current_stream(x.device), _beside(x.device)
     beside.wait_stream(here)
     with torch.cuda.stream(beside):
-        one = first and first()
-    two = second and second()
+        to_values = of_values and of_values()
+    to_x = of_x and of_x()
     here.wait_stream(beside)
-    return one, two
+    return to_values, to_x
 
 
 @cache

@@ -185,13 +185,13 @@ def _forward_backward(ctx: Any, grad: Tensor) -> Any:
     x, values, *index = ctx.saved_tensors
     of_x, of_values, of_bias, *rest = ctx.needs_input_grad
     sizes = (x.shape[1], x.shape[2:])
-    to_x, to_values = block_op.both(
+    to_values, to_x = block_op.gradients(
+        partial(_values_grad, values, grad, x, *index, walk=ctx.walk) if of_values else None,
         partial(_ops().block_conv2d_input_grad, grad, values, *index, *sizes, *ctx.walk)
         if of_x
         else None,
-        partial(_values_grad, values, grad, x, *index, walk=ctx.walk) if of_values else None,
         x,
-        2 * grad.numel() * x.shape[1] * _window(ctx.walk).taps,
+        partial(_room, grad, x, values, *index, walk=ctx.walk),
     )
     to_bias = grad.sum((0, 2, 3)) if of_bias else None
     return to_x, to_values, to_bias, *(None for _ in rest)
@@ -244,6 +244,22 @@ def _values_grad(
     """The gradient of values: at the blocks, or whole as they are."""
     kind = _ops().block_conv2d_masked_grad if is_whole(values) else _ops().block_conv2d_weight_grad
     return kind(grad, x, *index, block_of(values), *walk)
+
+
+def _room(
+    grad: Tensor,
+    x: Tensor,
+    values: Tensor,
+    lists: Tensor,
+    groups: Tensor,
+    *,
+    walk: Sequence[Ints],
+) -> bool:
+    from kernels.cuda import block_linear  # not at the top: nobody without a GPU needs it
+
+    index, _ = _walked("masked_grad", grad, x, lists, groups, block_of(values), walk)
+    pixels = grad.numel() // grad.shape[1]
+    return block_linear.room(index, x.dtype, pixels, is_whole(values))
 
 
 def _ops() -> Any:

@@ -125,14 +125,13 @@ def _save_forward(ctx: Any, inputs: Any, output: Tensor) -> None:
 def _forward_backward(ctx: Any, grad: Tensor) -> Any:
     x, values, *index = ctx.saved_tensors
     of_x, of_values, of_bias, *_ = ctx.needs_input_grad
-    # first what reads x, as PyTorch does: the forward pass may have left it in a cache
-    to_values, to_x = block_op.both(
+    to_values, to_x = block_op.gradients(
         partial(_values_grad, values, grad, x, *index) if of_values else None,
         partial(_ops().block_linear_input_grad, grad, values, *index, x.shape[-1])
         if of_x
         else None,
         x,
-        2 * grad.numel() * x.shape[-1],
+        partial(_room, grad, x, values, *index),
     )
     to_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if of_bias else None
     return to_x, to_values, to_bias, None, None, None
@@ -179,6 +178,11 @@ def _values_grad(values: Tensor, grad: Tensor, x: Tensor, *index: Tensor) -> Any
     """The gradient of values: at the blocks, or whole as they are."""
     kind = _ops().block_linear_masked_grad if is_whole(values) else _ops().block_linear_weight_grad
     return kind(grad, x, *index, *block_of(values))
+
+
+def _room(grad: Tensor, x: Tensor, values: Tensor, lists: Tensor, groups: Tensor) -> bool:
+    tokens, _, index = _pair("masked_grad", grad, x, lists, groups, *block_of(values))
+    return bool(_on(x).room(index, x.dtype, len(tokens), is_whole(values)))
 
 
 def _ops() -> Any:

@@ -16,6 +16,12 @@ from kernels.cuda.rounding import precision
 from kernels.cuda.step_time import INPUT, OUTPUT, PARTS, WEIGHT
 
 _PAYS = 0.98  # of the time, from which on a whole weight, which takes more memory, pays
+# Of a dense product, FLOP up to which another beside it takes less time than behind it; of a whole
+# gradient by one kernel, which holds what it has of a GPU until it ends.
+_ROOM, _ROOM_FUSED = 1e11, 2.75e9
+# Zeros behind a gradient, microseconds: hidden by the gradient of the input, beside it, of a tall
+# weight, which sums up more; else its launch is waited for too.
+_HIDDEN, _WAITED = 0.9, 1.6
 _SMALL, _PAYS_SMALL = 2**23, 1.04  # weights; of fewer, times are not known as well
 
 
@@ -77,6 +83,20 @@ def masked_grad(grad: Tensor, x: Tensor, index: BlockIndex) -> Tensor:
     return matrix.view(whole_shape(index))
 
 
+def room(index: BlockIndex, dtype: torch.dtype, tokens: int, whole: bool) -> bool:
+    """Whether both gradients of a step take less time beside each other, by a rule of thumb.
+
+    Args:
+        index: of the blocks.
+        dtype: of what is multiplied.
+        tokens: or pixels of the output.
+        whole: whether the weight is held whole.
+    """
+    fused = whole and index.taps == 1 and fuses(index, dtype, tokens)
+    flop = 2.0 * tokens * index.out_features * index.in_features
+    return flop <= (_ROOM_FUSED if fused else _ROOM)
+
+
 def takes(x: Tensor, index: BlockIndex) -> bool:
     """Whether the kernels multiply x, whose first size is not 0, by such blocks."""
     return len(x) > 0 and fits(index, x.dtype)
@@ -107,7 +127,8 @@ def trains_dense(index: BlockIndex, dtype: torch.dtype, tokens: int) -> bool:
     each = (index, dtype, tokens)
     times = [(step_time.blocks(*each, part), step_time.dense(*each, part)) for part in PARTS]
     gradient = min(step_time.masked(*each), step_time.fused(*each))
-    return whole_pays(index, dtype, times, times[0][1] + times[1][1] + gradient)
+    small = index.out_features * index.in_features < _SMALL
+    return whole_pays(index, dtype, times, times[0][1] + times[1][1] + gradient, small)
 
 
 def samples(index: BlockIndex, dtype: torch.dtype, tokens: int) -> bool:
@@ -118,12 +139,17 @@ def samples(index: BlockIndex, dtype: torch.dtype, tokens: int) -> bool:
 
 def fuses(index: BlockIndex, dtype: torch.dtype, tokens: int) -> bool:
     """Whether the gradient of a whole weight is faster by the kernel that gives its zeros too."""
-    each = (index, dtype, tokens)
-    return step_time.fused(*each) <= step_time.masked(*each)
+    each, tall = (index, dtype, tokens), index.out_features > index.in_features
+    masked = step_time.masked(*each) + (-_HIDDEN if tall else _WAITED)
+    return step_time.fused(*each) <= masked
 
 
 def whole_pays(
-    index: BlockIndex, dtype: torch.dtype, times: Sequence[tuple[float, float]], whole: float
+    index: BlockIndex,
+    dtype: torch.dtype,
+    times: Sequence[tuple[float, float]],
+    whole: float,
+    small: bool,
 ) -> bool:
     """Whether a whole weight takes less time than one held as blocks, or hardly more if small.
 
@@ -132,7 +158,7 @@ def whole_pays(
         dtype: of the weight.
         times: microseconds of our kernels and of dense, of each part of a step.
         whole: of a step with the whole weight.
+        small: whether the layer is.
     """
     blocks = sum(min(own, dense + step_time.moving(index, dtype)) for own, dense in times)
-    small = index.taps == 1 and index.out_features * index.in_features < _SMALL
     return whole < (_PAYS_SMALL if small else _PAYS) * blocks

@@ -304,12 +304,12 @@ def test_autocast(dtype: torch.dtype, way: str, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("way", ["blocks", "dense", "whole"])
-@pytest.mark.parametrize("room", [0, block_op.SMALL])
+@pytest.mark.parametrize("room", [False, True])
 def test_a_captured_step_is_the_step(
-    room: float, way: str, monkeypatch: pytest.MonkeyPatch
+    room: bool, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     beside, met = block_op._beside, list[torch.device]()
-    monkeypatch.setattr(block_op, "SMALL", room)
+    monkeypatch.setattr(block_linear, "room", lambda *_: room)
 
     def noted(device: torch.device) -> torch.cuda.Stream:
         met.append(device)

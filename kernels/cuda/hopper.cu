@@ -125,5 +125,5 @@ hopper(const __grid_constant__ Map xs, const __grid_constant__ Map ws, const __g
 #pragma unroll
     for (int piece = 0; piece < PIECES; ++piece) write(sums, piece, ys, staged, part);
   }
-  if (threadIdx.x % 128 == 0) wait_until_written();
+  if (threadIdx.x % 128 == 0) wait_until_read<0>();
 }

@@ -55,11 +55,11 @@ DEVICE void store(const Map& to, int column, int row, u32 from) {
                ::"l"(&to), "r"(column), "r"(row), "r"(from) : "memory");
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
+// so many stores may still read what they write; it is written when the kernel has ended
 template <int LEFT>
 DEVICE void wait_until_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(LEFT) : "memory");
 }
-DEVICE void wait_until_written() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 // where an operand of wgmma begins; lines of so many bytes as the copy engine swizzles them, eight of them a unit
 template <int BYTES>

@@ -229,5 +229,5 @@ whole_grad(const __grid_constant__ Map gs, const __grid_constant__ Map xs, const
 #pragma unroll
     for (int piece = 0; piece < PIECES; ++piece) write(sums, piece, ys, staged, part);
   }
-  if (threadIdx.x % 128 == 0) wait_until_written();
+  if (threadIdx.x % 128 == 0) wait_until_read<0>();
 }

@@ -144,10 +144,10 @@ def _blocks_us(
     A launch; of a gradient what 64 pixels after another wait, until they are shared out; of a
     product its multiply-adds, or the steps of the longest row of blocks.
     """
-    spread = prod(window.stride) if part is INPUT else 1
+    spread = prod(window.stride) if part == INPUT else 1
     each = _SLOWER * step_time.factor(index, dtype, part) * spread
     needed = each * step_time.compute(index, dtype, pixels)
-    if part is WEIGHT:
+    if part == WEIGHT:
         return 2.5 + min(0.48 * pixels / 64, 6) + needed
     return 2.4 + max(needed, 0.2 * step_time.steps_of(index, part))
 
@@ -155,7 +155,7 @@ def _blocks_us(
 def _dense_us(index: BlockIndex, dtype: torch.dtype, pixels: int, part: str) -> float:
     """Microseconds of cuDNN's: a launch, of a gradient longer with more pixels, and products."""
     needed = step_time.compute(index, dtype, pixels)
-    if part is WEIGHT:
+    if part == WEIGHT:
         return min(2.5 + 0.103 * pixels**0.5, 14) + 1.05 * needed
     return 7 + 0.95 * needed
 

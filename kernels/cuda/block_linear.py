@@ -21,7 +21,7 @@ _PAYS = 0.98  # of the time, from which on a whole weight, which takes more memo
 _ROOM, _ROOM_FUSED = 1e11, 2.75e9
 # Zeros behind a gradient, microseconds: hidden by the gradient of the input, beside it, of a tall
 # weight, which sums up more; else its launch is waited for too.
-_HIDDEN, _WAITED = 0.9, 0.6
+_HIDDEN, _WAITED = 1.9, 0.6
 # So also of few weights, where one held as blocks would be multiplied by dense products: by our
 # kernels, beside each other, it takes less time than they do in turn.
 _SMALL, _PAYS_SMALL = 2**23, 1.04

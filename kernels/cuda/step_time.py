@@ -50,7 +50,7 @@ def blocks(index: BlockIndex, dtype: torch.dtype, tokens: int, part: str) -> flo
         part: of it, one of `PARTS`.
     """
     needed, large = factor(index, dtype, part) * compute(index, dtype, tokens), _large(index)
-    if part is WEIGHT:
+    if part == WEIGHT:
         needed += share(index) * _bytes(index, dtype) / _WRITTEN
         least = _OURS_STEP * min(tokens / 64, _OURS_STEPS)
         return _OURS + large * _OURS_128 + _both(needed, least, 1.5)
@@ -61,7 +61,7 @@ def blocks(index: BlockIndex, dtype: torch.dtype, tokens: int, part: str) -> flo
 def dense(index: BlockIndex, dtype: torch.dtype, tokens: int, part: str) -> float:
     """Of a dense product; arguments as of `blocks`."""
     needed = compute(index, dtype, tokens)
-    if part is WEIGHT:
+    if part == WEIGHT:
         least = min(_DENSE_STEP * tokens / 64, _DENSE_STEPS)
         return _DENSE_GRADIENT + max(needed, least) + _bytes(index, dtype) / _WRITTEN
     short = dtype.itemsize == 2 and 2 * tokens * _weights(index) < _SHORT
@@ -98,7 +98,7 @@ def compute(index: BlockIndex, dtype: torch.dtype, tokens: int) -> float:
 
 def factor(index: BlockIndex, dtype: torch.dtype, part: str) -> float:
     """How many times as long our kernels take for what is kept."""
-    cost = (_OF_WEIGHT if part is WEIGHT else _WITH_WEIGHT)[_kind(dtype)][min(index.block)]
+    cost = (_OF_WEIGHT if part == WEIGHT else _WITH_WEIGHT)[_kind(dtype)][min(index.block)]
     return share(index) * cost
 
 
@@ -110,7 +110,7 @@ def share(index: BlockIndex) -> float:
 def steps_of(index: BlockIndex, part: str) -> float:
     """Of up to 64 columns, in about the longest row of blocks, which a product walks in turn."""
     count, width = index.in_features / index.block[1], index.block[1]
-    if part is INPUT:  # by columns
+    if part == INPUT:  # by columns
         count, width = index.taps * index.out_features / index.block[0], index.block[0]
     held = share(index)
     longest = held * count + 1.5 * math.sqrt(count * held * (1 - held))

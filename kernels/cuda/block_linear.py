@@ -19,8 +19,8 @@ _PAYS = 0.98  # of the time, from which on a whole weight, which takes more memo
 # Of a dense product, FLOP up to which another beside it takes less time than behind it; of a whole
 # gradient by one kernel, which holds what it has of a GPU until it ends.
 _ROOM, _ROOM_FUSED = 1e11, 2.75e9
-# Zeros behind a gradient, microseconds: hidden by the gradient of the input, beside it, of a tall
-# weight, which sums up more; else its launch is waited for too.
+# Zeros behind a gradient, microseconds: the gradient of the input, beside it, hides them where a
+# weight is not wider than tall, and that sums up as much; else their launch is waited for too.
 _HIDDEN, _WAITED = 1.9, 0.6
 # So also of few weights, where one held as blocks would be multiplied by dense products: by our
 # kernels, beside each other, it takes less time than they do in turn.
@@ -141,7 +141,7 @@ def samples(index: BlockIndex, dtype: torch.dtype, tokens: int) -> bool:
 
 def fuses(index: BlockIndex, dtype: torch.dtype, tokens: int) -> bool:
     """Whether the gradient of a whole weight is faster by the kernel that gives its zeros too."""
-    each, tall = (index, dtype, tokens), index.out_features > index.in_features
+    each, tall = (index, dtype, tokens), index.out_features >= index.in_features
     masked = step_time.masked(*each) + (-_HIDDEN if tall else _WAITED)
     return step_time.fused(*each) <= masked
 

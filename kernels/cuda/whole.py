@@ -88,10 +88,10 @@ def _masked(
     matrix, values, starts, columns, count,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    after(EARLY)
     row, column = tl.program_id(0), tl.program_id(1) * GROUP + tl.arange(0, GROUP)
-    place = _found(row, column, starts, columns, GROUP)
+    place = _found(row, column, starts, columns, GROUP)  # lists were there before the matrix was
     at, _ = _places(row, column, place, count, HEIGHT, WIDTH)
+    after(EARLY)
     none = tl.zeros([GROUP, HEIGHT, WIDTH], matrix.dtype.element_ty)
     tl.store(matrix + at, none, mask=((place < 0) & (column < count))[:, None, None])
 

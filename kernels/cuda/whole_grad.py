@@ -16,7 +16,7 @@ _ROOM = 196_608  # bytes of tiles that are under way or in use
 # Of tiles of so many rows and columns, microseconds on an H200: of a launch, of 64 tokens, of a
 # tile at least. Bytes of the gradient that are written in one, which products partly hide.
 TILES = {
-    (128, 256): (2.64, 0.661, 1.21),
+    (128, 256): (2.64, 0.635, 1.21),
     (128, 192): (2.6, 0.476, 1.02),
     (128, 128): (2.23, 0.345, 0.89),
     (128, 64): (1.87, 0.235, 1.36),

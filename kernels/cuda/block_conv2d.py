@@ -18,6 +18,7 @@ from kernels.window import Pair, Window
 ONE = (1, 1)
 _SLOWER = 1.17  # times as long as a linear layer of as many multiply-adds
 _SMALL = 2e9  # FLOP; of fewer, cuDNN leaves room for a gradient beside another
+_NARROW = 1.6  # times as long as their multiply-adds say cuDNN's take of fewer than 128 channels
 _SWITCH = Lock()  # autograd has a thread for each device
 
 
@@ -154,7 +155,8 @@ def _blocks_us(
 
 def _dense_us(index: BlockIndex, dtype: torch.dtype, pixels: int, part: str) -> float:
     """Microseconds of cuDNN's: a launch, of a gradient longer with more pixels, and products."""
-    needed = step_time.compute(index, dtype, pixels)
+    narrow = min(index.out_features, index.channels) < 128
+    needed = step_time.compute(index, dtype, pixels) * (_NARROW if narrow else 1)
     if part == WEIGHT:
         return min(2.5 + 0.103 * pixels**0.5, 14) + 1.05 * needed
     return 7 + 0.95 * needed

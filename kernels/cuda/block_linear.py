@@ -15,13 +15,15 @@ from kernels.cuda.linear import aligned
 from kernels.cuda.rounding import precision
 from kernels.cuda.step_time import INPUT, OUTPUT, PARTS, WEIGHT
 
-_PAYS = 0.98  # of the time, from which on a whole weight, which takes more memory, pays
+# Of the time, from which on a whole weight, which takes more memory, pays; where dense products
+# are taken anyway, from any time less.
+_PAYS = 0.98
 # Of a dense product, FLOP up to which another beside it takes less time than behind it; of a whole
 # gradient by one kernel, which holds what it has of a GPU until it ends.
 _ROOM, _ROOM_FUSED = 1e11, 2.75e9
-# Zeros behind a gradient, microseconds: the gradient of the input, beside it, hides them where a
-# weight is not wider than tall, and that sums up as much; else their launch is waited for too.
-_HIDDEN, _WAITED = 1.9, 0.6
+# Microseconds of zeros behind a gradient that the gradient of the input hides, beside it and where
+# it sums up as much: of a weight that is not wider than tall.
+_HIDDEN = 1.9
 # So also of few weights, where one held as blocks would be multiplied by dense products: by our
 # kernels, beside each other, it takes less time than they do in turn.
 _SMALL, _PAYS_SMALL = 2**23, 1.04
@@ -142,8 +144,7 @@ def samples(index: BlockIndex, dtype: torch.dtype, tokens: int) -> bool:
 def fuses(index: BlockIndex, dtype: torch.dtype, tokens: int) -> bool:
     """Whether the gradient of a whole weight is faster by the kernel that gives its zeros too."""
     each, tall = (index, dtype, tokens), index.out_features >= index.in_features
-    masked = step_time.masked(*each) + (-_HIDDEN if tall else _WAITED)
-    return step_time.fused(*each) <= masked
+    return step_time.fused(*each) <= step_time.masked(*each) - tall * _HIDDEN
 
 
 def whole_pays(
@@ -163,5 +164,8 @@ def whole_pays(
         small: whether the layer is.
     """
     moved = [(own, dense + step_time.moving(index, dtype)) for own, dense in times]
-    hardly = small and any(dense < own for own, dense in moved)
-    return whole < (_PAYS_SMALL if hardly else _PAYS) * sum(map(min, moved))
+    ours = [own <= dense for own, dense in moved]
+    pays = _PAYS if any(ours) else 1.0
+    if small and not all(ours):
+        pays = _PAYS_SMALL
+    return whole < pays * sum(map(min, moved))

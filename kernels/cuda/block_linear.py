@@ -96,7 +96,7 @@ def room(index: BlockIndex, dtype: torch.dtype, tokens: int, whole: bool) -> boo
         tokens: or pixels of the output.
         whole: whether the weight is held whole.
     """
-    fused = whole and index.taps == 1 and fuses(index, dtype, tokens)
+    fused = whole and index.taps == 1 and fits(index, dtype) and fuses(index, dtype, tokens)
     flop = 2.0 * tokens * index.out_features * index.in_features
     return flop <= (_ROOM_FUSED if fused else _ROOM)
 

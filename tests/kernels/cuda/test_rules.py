@@ -192,6 +192,26 @@ def test_weights_that_are_held_whole_to_train(
     assert block_linear.trains_dense(index, torch.float64, tokens)  # no kernel of ours takes it
 
 
+@pytest.mark.usefixtures("on_hopper")
+@pytest.mark.parametrize(
+    ("tokens", "size", "side", "dtype", "whole", "room"),
+    [
+        (64, 512, 64, torch.bfloat16, True, True),  # 8.7 us a step, 9.7 in turn
+        (1024, 3072, 32, torch.bfloat16, True, False),  # of one kernel
+        (1024, 3072, 32, torch.bfloat16, False, True),
+        (1024, 3072, 32, torch.float32, True, True),  # of no such kernel
+        (8192, 4096, 64, torch.bfloat16, False, False),  # one product fills a GPU
+        (64, 512, 8, torch.bfloat16, True, True),  # no kernel of ours takes blocks of 8
+        (0, 512, 64, torch.bfloat16, True, True),
+    ],
+)
+def test_gradients_beside_each_other(
+    tokens: int, size: int, side: int, dtype: torch.dtype, whole: bool, room: bool
+) -> None:
+    index = index_of(size, side, 0.5)
+    assert block_linear.room(index, dtype, tokens, whole) == room
+
+
 def test_the_gradient_of_the_input_walks_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(block_linear, "has_triton", lambda: True)
     mask = torch.arange(256 * 16).view(256, 16) % 2 == 0

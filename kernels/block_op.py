@@ -113,10 +113,10 @@ def gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of values and of x, None where there is no call.
 
-    One after the other, that of values first, as PyTorch does: it reads x, which the forward pass
-    may have left in a cache. While a CUDA graph is captured, where there is room, on two streams:
-    a replay does not wait for the host, which takes longer to launch small products than a GPU to
-    compute them.
+    One after the other, that of values first, as of PyTorch's linear layers: it reads x, which the
+    forward pass may have left in a cache. While a CUDA graph is captured, where there is room, on
+    two streams: a replay does not wait for the host, which takes longer to launch small products
+    than a GPU to compute them. (`torch.compile` traces them one after the other.)
 
     Args:
         of_values: gives that of values.
@@ -124,14 +124,15 @@ def gradients(
         x: of the layer.
         room: whether they take less time beside each other.
     """
-    alone = of_values is None or of_x is None or not x.is_cuda
-    if alone or not torch.cuda.is_current_stream_capturing() or not room():
+    if of_values is None or of_x is None:
         return of_values and of_values(), of_x and of_x()
+    if not x.is_cuda or not torch.cuda.is_current_stream_capturing() or not room():
+        return of_values(), of_x()
     here, beside = torch.cuda.current_stream(x.device), _beside(x.device)
     beside.wait_stream(here)
     with torch.cuda.stream(beside):
-        to_values = of_values and of_values()
-    to_x = of_x and of_x()
+        to_values = of_values()
+    to_x = of_x()
     here.wait_stream(beside)
     return to_values, to_x
 

@@ -14,10 +14,12 @@ from typing import Any
 
 MIDDLE = 0.9  # of the zeros, whose dense time is shown
 AHEAD = 1.03  # times dense: more than what is measured differs by
+US = "us at"  # what follows: the most zeros
 AT = "times faster at"  # the fewer zeros
+HALF = "2:4"  # a pattern of one share of zeros, a half
 HEADS = (
-    "work", "shape", "pattern", "kernel", "us", "dense us", "times faster", "peer, times dense",
-    "limit", AT, "ahead from",
+    "work", "shape", "pattern", "kernel", US, f"dense us at {MIDDLE:g}", "times faster",
+    "peer, times dense", "limit", AT, "ahead from",
 )  # fmt: skip
 
 
@@ -28,9 +30,8 @@ def main() -> None:
     p.add_argument("low", type=Path, nargs="?", help="the same of fewer zeros")
     given = p.parse_args()
     cases, low = (cases_of(file) for file in (given.file, given.low))
-    shares = sorted({row["sparsity"] for rows in low.values() for row in rows})
-    at = f"{AT} {listed([f'{s:g}' for s in shares])}"
-    heads = [at if head == AT else head for head in HEADS]
+    shares = {US: f"{shares_of(cases)} ({HALF}: 0.5)", AT: shares_of(low)}
+    heads = [f"{head} {shares[head]}" if head in shares else head for head in HEADS]
     print("| " + " | ".join(heads) + " |", "|---" * len(HEADS) + "|", sep="\n")
     for name, rows in cases.items():
         print("| " + " | ".join(line(name, rows, low.get(name, []))) + " |")
@@ -42,6 +43,12 @@ def cases_of(file: Path | None) -> dict[tuple[str, str, str], list[dict[str, Any
     for row in json.loads(file.read_text())["rows"] if file else ():
         cases.setdefault((row["operation"], row["shape"], row["pattern"]), []).append(row)
     return cases
+
+
+def shares_of(cases: dict[tuple[str, str, str], list[dict[str, Any]]]) -> str:
+    """The shares of zeros of all but 2:4."""
+    rows = [row for name, rows in cases.items() if name[2] != HALF for row in rows]
+    return listed([f"{share:g}" for share in sorted({row["sparsity"] for row in rows})])
 
 
 def line(

@@ -257,9 +257,9 @@ def _room(
 ) -> bool:
     from kernels.cuda import block_linear  # not at the top: nobody without a GPU needs it
 
-    index, _ = _walked("masked_grad", grad, x, lists, groups, block_of(values), walk)
-    pixels = grad.numel() // grad.shape[1]
-    return block_linear.room(index, x.dtype, pixels, is_whole(values))
+    index, window = _walked("masked_grad", grad, x, lists, groups, block_of(values), walk)
+    pixels, linear = grad.numel() // grad.shape[1], is_whole(values) and window.of_pixels
+    return block_linear.room(index, x.dtype, pixels, linear)
 
 
 def _ops() -> Any:

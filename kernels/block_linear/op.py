@@ -181,8 +181,11 @@ def _values_grad(values: Tensor, grad: Tensor, x: Tensor, *index: Tensor) -> Any
 
 
 def _room(grad: Tensor, x: Tensor, values: Tensor, lists: Tensor, groups: Tensor) -> bool:
-    tokens, _, index = _pair("masked_grad", grad, x, lists, groups, *block_of(values))
-    return bool(_on(x).room(index, x.dtype, len(tokens), is_whole(values)))
+    from kernels.cuda import block_linear  # not at the top: nobody without a GPU needs it
+
+    name, sizes = "block_linear_masked_grad", (grad.shape[-1], x.shape[-1])
+    index = block_op.index(name, x, lists, groups, sizes, block_of(values))
+    return block_linear.room(index, x.dtype, x.numel() // x.shape[-1], is_whole(values))
 
 
 def _ops() -> Any:

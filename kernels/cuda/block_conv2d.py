@@ -17,7 +17,7 @@ from kernels.window import Pair, Window
 
 ONE = (1, 1)
 _SLOWER = 1.17  # times as long as a linear layer of as many multiply-adds
-_SMALL = 2e9  # FLOP; of fewer, cuDNN leaves room for a gradient beside another
+_LITTLE = 2e9  # FLOP; of fewer, cuDNN leaves room for a gradient beside another
 _NARROW = 1.6  # times as long as their multiply-adds say cuDNN's take of fewer than 128 channels
 _SWITCH = Lock()  # autograd has a thread for each device
 
@@ -128,7 +128,7 @@ def trains_dense(index: BlockIndex, dtype: torch.dtype, pixels: int, window: Win
     times = [(_blocks_us(*each, window, part), _dense_us(*each, part)) for part in PARTS]
     dense = sum(time for _, time in times) + step_time.zeroing(index, dtype)
     measured = window.dilation == ONE and _alike(dtype)
-    small = 2.0 * pixels * index.out_features * index.in_features < _SMALL
+    small = 2.0 * pixels * index.out_features * index.in_features < _LITTLE
     return measured and block_linear.whole_pays(index, dtype, times, dense, small)
 
 

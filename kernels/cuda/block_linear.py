@@ -16,17 +16,16 @@ from kernels.cuda.rounding import precision
 from kernels.cuda.step_time import INPUT, OUTPUT, PARTS, WEIGHT
 
 # Of the time, from which on a whole weight, which takes more memory, pays; where dense products
-# are taken anyway, from any time less.
-_PAYS = 0.98
-# Of a dense product, FLOP up to which another beside it takes less time than behind it; of a whole
-# gradient by one kernel, which holds what it has of a GPU until it ends.
-_ROOM, _ROOM_FUSED = 1e11, 2.75e9
-# Microseconds of zeros behind a gradient that the gradient of the input hides, beside it and where
-# it sums up as much: of a weight that is not wider than tall.
+# are taken anyway, from any time less; if small, even from this time more where one of them is:
+# our kernels alone, beside each other, take less time than these times say.
+_PAYS, _PAYS_SMALL = 0.98, 1.04
+_SMALL = 2**23  # weights
+# Microseconds of the multiply-adds of a dense product, up to which one beside it takes less time
+# than behind it; of a whole gradient by one kernel, which holds what it has of a GPU to its end.
+_ROOM, _ROOM_FUSED = 133, 3.67
+# Microseconds of zeros behind a gradient that the gradient of the input hides, beside it: of a
+# weight that is not wider than tall, so that this adds up as many products as that or more.
 _HIDDEN = 1.9
-# So also of few weights, where one held as blocks would be multiplied by dense products: by our
-# kernels, beside each other, it takes less time than they do in turn.
-_SMALL, _PAYS_SMALL = 2**23, 1.04
 
 
 def forward(x: Tensor, values: Tensor, bias: Tensor | None, index: BlockIndex) -> Tensor:
@@ -94,11 +93,11 @@ def room(index: BlockIndex, dtype: torch.dtype, tokens: int, whole: bool) -> boo
         index: of the blocks.
         dtype: of what is multiplied.
         tokens: or pixels of the output.
-        whole: whether the weight is held whole.
+        whole: whether the weight is held whole, and `masked_grad` gives its gradient.
     """
-    fused = whole and index.taps == 1 and fits(index, dtype) and fuses(index, dtype, tokens)
-    flop = 2.0 * tokens * index.out_features * index.in_features
-    return flop <= (_ROOM_FUSED if fused else _ROOM)
+    fused = whole and fits(index, dtype) and fuses(index, dtype, tokens)
+    needed = step_time.compute(index, dtype, tokens)
+    return needed <= (_ROOM_FUSED if fused else _ROOM)
 
 
 def takes(x: Tensor, index: BlockIndex) -> bool:
@@ -142,7 +141,10 @@ def samples(index: BlockIndex, dtype: torch.dtype, tokens: int) -> bool:
 
 
 def fuses(index: BlockIndex, dtype: torch.dtype, tokens: int) -> bool:
-    """Whether the gradient of a whole weight is faster by the kernel that gives its zeros too."""
+    """Whether the gradient of a whole weight is faster by the kernel that gives its zeros too.
+
+    In a captured step, where the gradient of the input is beside it; else it is up to `_HIDDEN`.
+    """
     each, tall = (index, dtype, tokens), index.out_features >= index.in_features
     return step_time.fused(*each) <= step_time.masked(*each) - tall * _HIDDEN
 
@@ -154,14 +156,14 @@ def whole_pays(
     whole: float,
     small: bool,
 ) -> bool:
-    """Whether a whole weight takes less time than one held as blocks, or hardly more.
+    """Whether a whole weight takes enough less time than one held as blocks, see `_PAYS`.
 
     Args:
         index: of the blocks.
         dtype: of the weight.
         times: microseconds of our kernels and of dense, of each part of a step.
         whole: of a step with the whole weight.
-        small: whether the layer is.
+        small: whether it may take hardly more, if a part of a step is dense anyway.
     """
     moved = [(own, dense + step_time.moving(index, dtype)) for own, dense in times]
     ours = [own <= dense for own, dense in moved]

@@ -53,9 +53,9 @@ def blocks(index: BlockIndex, dtype: torch.dtype, tokens: int, part: str) -> flo
     if part == WEIGHT:
         needed += share(index) * _bytes(index, dtype) / _WRITTEN
         least = _OURS_STEP * min(tokens / 64, _OURS_STEPS)
-        return _OURS + large * _OURS_128 + _both(needed, least, 1.5)
+        return _OURS + large * _OURS_128 + whole_grad.together(needed, least)
     least = _STEP[min(index.block)] * steps_of(index, part)
-    return _OURS + _both(needed, least, 3 if large else 1.5)
+    return _OURS + whole_grad.together(needed, least, 3 if large else 1.5)
 
 
 def dense(index: BlockIndex, dtype: torch.dtype, tokens: int, part: str) -> float:
@@ -115,11 +115,6 @@ def steps_of(index: BlockIndex, part: str) -> float:
     held = share(index)
     longest = held * count + 1.5 * math.sqrt(count * held * (1 - held))
     return min(longest, count) * max(1, width / 64)
-
-
-def _both(one: float, other: float, power: float) -> float:
-    """Of what partly waits for each other."""
-    return (one**power + other**power) ** (1 / power)
 
 
 def _large(index: BlockIndex) -> bool:

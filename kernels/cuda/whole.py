@@ -89,7 +89,7 @@ def _masked(
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     row, column = tl.program_id(0), tl.program_id(1) * GROUP + tl.arange(0, GROUP)
-    place = _found(row, column, starts, columns, GROUP)  # lists were there before the matrix was
+    place = _found(row, column, starts, columns, GROUP)  # lists are older than the kernel before
     at, _ = _places(row, column, place, count, HEIGHT, WIDTH)
     after(EARLY)
     none = tl.zeros([GROUP, HEIGHT, WIDTH], matrix.dtype.element_ty)

@@ -1,6 +1,6 @@
 """The gradient of a weight held whole, zeros where no block is kept, by whole_grad.cu (9.0)."""
 
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ _STORED = 64  # rows and columns that a group of warps writes at once
 _WARPS, _RING = 8, 4  # that multiply; tiles whose kept blocks are looked up ahead
 _ROOM = 196_608  # bytes of tiles that are under way or in use
 # Of tiles of so many rows and columns, microseconds on an H200: of a launch, of 64 tokens, of a
-# tile beside them. Bytes of the gradient that are written in one. How little one hides another.
+# tile beside them. Bytes of the gradient that are written in one.
 TILES = {
     (128, 256): (2.5, 0.65, 1.1),
     (128, 192): (2.31, 0.482, 1.29),
@@ -22,7 +22,7 @@ TILES = {
     (128, 64): (1.33, 0.226, 1.35),
     (64, 64): (1.56, 0.16, 0.89),
 }
-_WRITTEN, _APART = 5e6, 1.5
+_WRITTEN = 5e6
 _loaded: set[tuple[object, ...]] = set()
 
 
@@ -64,7 +64,9 @@ def weight_grad(index: BlockIndex, grad: Tensor, x: Tensor) -> Tensor:
     maps = tuple(tensor_map(part, lines, STEP) for part, lines in boxes)
     shared = stages * ((rows + columns) * LINE + 16) + 4 * _STORED * LINE
     shared += _RING * (4 * _WARPS + 16) + 1024
-    blocks = min(_at_once(x.device), _tiles(index, rows, columns))
+    blocks = min(
+        _at_once(x.device), _tiles((index.out_features, index.in_features), (rows, columns))
+    )
     numbers = (*given.shape, -(-len(x) // STEP))
     kernel.launch((blocks, 1), THREADS, (index.starts, index.columns), numbers, shared, maps)
     return given
@@ -87,23 +89,30 @@ def _defines(index: BlockIndex, x: Tensor) -> tuple[tuple[str, int], ...]:
     )
 
 
+def together(one: float, other: float, power: float = 1.5) -> float:
+    """Of what partly hides each other: the sum (a power of 1) or less, the longer at least."""
+    return (one**power + other**power) ** (1 / power)
+
+
 def _plan(index: BlockIndex, tokens: int) -> tuple[float, tuple[int, int]]:
     """Microseconds, and rows and columns of a tile with which it takes them: the fewest."""
-    times, written = [], 2 * index.out_features * index.in_features / _WRITTEN
+    most = _at_once(index.lists.device)
+    return _fastest(index.out_features, index.in_features, tokens, most)
+
+
+@lru_cache(maxsize=4096)
+def _fastest(rows: int, columns: int, tokens: int, most: int) -> tuple[float, tuple[int, int]]:
+    """See `_plan`; most: thread blocks that run at once."""
+    times, written = [], 2 * rows * columns / _WRITTEN
     for tile, (launch, step, beside) in TILES.items():
-        waves = -(-_tiles(index, *tile) // _at_once(index.lists.device))
-        each = _together(step * -(-tokens // STEP), beside)
-        times.append((launch + _together(waves * each, written), tile))
+        waves = -(-_tiles((rows, columns), tile) // most)
+        each = together(step * -(-tokens // STEP), beside)
+        times.append((launch + together(waves * each, written), tile))
     return min(times)
 
 
-def _together(one: float, other: float) -> float:
-    """Of what partly hides each other."""
-    return (one**_APART + other**_APART) ** (1 / _APART)
-
-
-def _tiles(index: BlockIndex, rows: int, columns: int) -> int:
-    return -(-index.out_features // rows) * -(-index.in_features // columns)
+def _tiles(size: tuple[int, int], tile: tuple[int, int]) -> int:
+    return -(-size[0] // tile[0]) * -(-size[1] // tile[1])
 
 
 @cache

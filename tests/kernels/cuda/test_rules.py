@@ -121,9 +121,13 @@ def test_two_of_every_four(tokens: int, rows: int, ahead: bool) -> None:
 
 def index_of(size: int, side: int, kept: float, taps: int = 1) -> BlockIndex:
     """Of a square weight, or a convolution of as many channels out as in."""
-    rows = size // side
-    count = rows * rows * taps
-    mask = torch.arange(count).view(rows, -1) * 7919 % count < kept * count
+    return sized(size, size * taps, side, kept, taps)
+
+
+def sized(rows: int, columns: int, side: int, kept: float, taps: int = 1) -> BlockIndex:
+    """Of a weight (rows, columns)."""
+    count = rows // side * (columns // side)
+    mask = torch.arange(count).view(rows // side, -1) * 7919 % count < kept * count
     return block_index(mask, (side, side), taps)
 
 
@@ -194,12 +198,34 @@ def test_weights_that_are_held_whole_to_train(
 
 @pytest.mark.usefixtures("on_hopper")
 @pytest.mark.parametrize(
+    ("tokens", "rows", "columns", "side", "kept", "whole", "fused"),
+    [
+        (2048, 2048, 256, 64, 0.2, True, False),  # 18.7 us a step, by one kernel 20.4
+        (1024, 256, 5120, 16, 0.05, True, True),  # 23.5; 25.5 with zeros by a pass of their own
+        (256, 768, 3072, 32, 0.7, True, True),  # 15.9; 16.9
+        (4096, 5120, 512, 16, 0.7, True, False),  # 109 for 112
+        (1024, 3072, 768, 16, 0.05, False, True),  # 24.2 for 29.6 where it is whole
+        (4096, 512, 512, 128, 0.6, False, False),  # 19.0 for 20.8
+        (4096, 5120, 256, 128, 0.7, True, False),  # 69.7, of dense 69.3
+    ],
+)
+def test_steps_of_tall_and_wide_weights(
+    tokens: int, rows: int, columns: int, side: int, kept: float, whole: bool, fused: bool
+) -> None:
+    index = sized(rows, columns, side, kept)
+    assert block_linear.trains_dense(index, torch.bfloat16, tokens) == whole
+    assert block_linear.fuses(index, torch.bfloat16, tokens) == fused
+
+
+@pytest.mark.usefixtures("on_hopper")
+@pytest.mark.parametrize(
     ("tokens", "size", "side", "dtype", "whole", "room"),
     [
         (64, 512, 64, torch.bfloat16, True, True),  # 8.7 us a step, 9.7 in turn
         (1024, 3072, 32, torch.bfloat16, True, False),  # of one kernel
         (1024, 3072, 32, torch.bfloat16, False, True),
-        (1024, 3072, 32, torch.float32, True, True),  # of no such kernel
+        (256, 3072, 32, torch.float32, True, True),  # of no such kernel
+        (1024, 3072, 32, torch.float32, True, False),  # 390 us
         (8192, 4096, 64, torch.bfloat16, False, False),  # one product fills a GPU
         (64, 512, 8, torch.bfloat16, True, True),  # no kernel of ours takes blocks of 8
         (0, 512, 64, torch.bfloat16, True, True),
@@ -260,6 +286,30 @@ def test_convolutions_that_are_held_whole_to_train(
     assert block_conv2d.trains_dense(index, torch.float64, pixels, apart)
     # PyTorch's gradient of the weight is rounded to TF32, as products are not
     assert not block_conv2d.trains_dense(index, torch.float32, pixels, window)
+
+
+@pytest.mark.parametrize(
+    ("channels", "size", "images", "side", "kept", "dense"),
+    [
+        (128, 28, 4, 16, 0.3, True),  # 19 us for 28 to 38 of blocks
+        (128, 56, 64, 16, 0.2, True),  # blocks 278 us, dense 265
+        (64, 28, 64, 32, 0.5, False),  # 44 for 51
+        (256, 14, 64, 64, 0.7, False),  # 82 for 91 of dense
+    ],
+)
+def test_convolutions_of_any_size_that_are_held_whole_to_train(
+    channels: int,
+    size: int,
+    images: int,
+    side: int,
+    kept: float,
+    dense: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(block_linear, "has_triton", lambda: True)
+    window = Window((3, 3), (1, 1), (1, 1), (1, 1))
+    index, pixels = index_of(channels, side, kept, window.taps), images * size**2
+    assert block_conv2d.trains_dense(index, torch.bfloat16, pixels, window) == dense
 
 
 @pytest.mark.parametrize(

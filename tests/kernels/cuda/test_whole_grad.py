@@ -1,5 +1,7 @@
 """On a GPU of compute capability 9.0: `pytest -m gpu`; how large tiles are, anywhere."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,11 +16,15 @@ BLOCKS = [(16, 16), (32, 64), (64, 64), (128, 16), (16, 128), (128, 128)]
 
 
 @pytest.fixture
-def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
+def tile(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[int, int]]:
     """Tiles of so many rows and columns."""
     size: tuple[int, int] = request.param
     monkeypatch.setattr(whole_grad, "TILES", {size: whole_grad.TILES[size]})
-    return size
+    whole_grad._fastest.cache_clear()
+    yield size
+    whole_grad._fastest.cache_clear()
 
 
 tiles = pytest.mark.parametrize("tile", whole_grad.TILES, indirect=True)

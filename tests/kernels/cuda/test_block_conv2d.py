@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kernels
-from kernels import block_op
 from kernels.block_index import (
     BlockIndex,
     block_index,
@@ -25,6 +24,7 @@ from kernels.cuda import block_conv2d, block_linear
 from kernels.cuda.blocks import SIZES
 from kernels.cuda.rounding import precision
 from kernels.window import Window
+from tests.kernels.cuda import captured
 
 pytestmark = [
     pytest.mark.gpu,
@@ -308,37 +308,10 @@ def test_autocast(dtype: torch.dtype, way: str, monkeypatch: pytest.MonkeyPatch)
 def test_a_captured_step_is_the_step(
     room: bool, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    beside, met = block_op._beside, list[torch.device]()
-    monkeypatch.setattr(block_linear, "room", lambda *_: room)
-
-    def noted(device: torch.device) -> torch.cuda.Stream:
-        met.append(device)
-        return beside(device)
-
-    monkeypatch.setattr(block_op, "_beside", noted)
     if way == "dense":
         take_dense(monkeypatch)
     net, x = layer(held=way == "whole"), images(torch.bfloat16, 64, 256, 8, 8).requires_grad_()
-    given = [x, *net.parameters()]
-
-    def step() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(net(net(x)).square().sum(), given)
-
-    stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        held = step()
-    assert len(met) == (2 if room else 0)  # gradients beside each other, of two layers
-    for _ in range(10):
-        with torch.no_grad():
-            x.copy_(torch.randn_like(x))
-            net.values.mul_(0.9)
-        graph.replay()
-        assert all(torch.equal(mine, its) for mine, its in zip(held, step(), strict=True))
+    captured.check(net, x, room, monkeypatch)
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])

@@ -110,24 +110,27 @@ def gradients(
     of_x: Callable[[], Tensor] | None,
     x: Tensor,
     room: Callable[[], bool],
+    both: Callable[[], tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of values and of x, None where there is no call.
 
-    One after the other, that of values first, as of PyTorch's linear layers: it reads x, which the
-    forward pass may have left in a cache. While a CUDA graph is captured, where there is room, on
-    two streams: a replay does not wait for the host, which takes longer to launch small products
-    than a GPU to compute them. (`torch.compile` traces them one after the other.)
+    By one call where there is one, else one after the other, that of values first, as of PyTorch's
+    linear layers: it reads x, which the forward pass may have left in a cache. While a CUDA graph
+    is captured, where there is room, on two streams: a replay does not wait for the host, which
+    takes longer to launch small products than a GPU to compute them. (`torch.compile` traces them
+    one after the other, or as one call.)
 
     Args:
         of_values: gives that of values.
         of_x: gives that of x.
         x: of the layer.
-        room: whether they take less time beside each other.
+        room: whether they take the least time beside each other.
+        both: gives both, not beside each other.
     """
     if of_values is None or of_x is None:
         return of_values and of_values(), of_x and of_x()
     if not x.is_cuda or not torch.cuda.is_current_stream_capturing() or not room():
-        return of_values(), of_x()
+        return both() if both else (of_values(), of_x())
     here, beside = torch.cuda.current_stream(x.device), _beside(x.device)
     beside.wait_stream(here)
     with torch.cuda.stream(beside):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels import block_op
-from kernels.block_index import BlockIndex, block_of, blocks_of, gather, is_whole
+from kernels.block_index import BlockIndex, block_of, blocks_of, gather, is_whole, whole_shape
 from kernels.block_linear import reference
 from kernels.block_op import INDEX
 
@@ -23,6 +23,8 @@ INPUT_GRAD = f"block_linear_input_grad({_GRAD}) -> Tensor"
 _SAMPLED = f"Tensor grad, Tensor x, {INDEX}, SymInt height, SymInt width"
 WEIGHT_GRAD = f"block_linear_weight_grad({_SAMPLED}) -> Tensor"
 MASKED_GRAD = f"block_linear_masked_grad({_SAMPLED}) -> Tensor"
+_BOTH = f"Tensor grad, Tensor x, Tensor values, {INDEX}"
+BOTH_GRADS = f"block_linear_both_grads({_BOTH}) -> (Tensor, Tensor)"
 
 
 def _forward(
@@ -62,6 +64,15 @@ def _masked_grad(
     grad: Tensor, x: Tensor, lists: Tensor, groups: Tensor, height: int, width: int
 ) -> Tensor:
     return _on(x).masked_grad(*_pair("masked_grad", grad, x, lists, groups, height, width))
+
+
+def _both_grads(
+    grad: Tensor, x: Tensor, values: Tensor, lists: Tensor, groups: Tensor
+) -> tuple[Tensor, Tensor]:
+    given = _pair("both_grads", grad, x, lists, groups, *block_of(values))
+    block_op.check("block_linear_both_grads", "values", values, x, whole_shape(given[2]))
+    of_values, of_x = _on(x).both_grads(*given[:2], values, given[2])
+    return of_values, of_x.view(x.shape)
 
 
 def _pair(
@@ -117,6 +128,12 @@ def _fake_masked_grad(
     return x.new_empty((grad.shape[-1] // height, height, x.shape[-1] // width, width))
 
 
+def _fake_both_grads(
+    grad: Tensor, x: Tensor, values: Tensor, lists: Tensor, groups: Tensor
+) -> tuple[Tensor, Tensor]:
+    return values.new_empty(values.shape), x.new_empty(x.shape)
+
+
 def _save_forward(ctx: Any, inputs: Any, output: Tensor) -> None:
     x, values, _, *index, _ = inputs
     ctx.save_for_backward(x, values, *index)
@@ -132,6 +149,9 @@ def _forward_backward(ctx: Any, grad: Tensor) -> Any:
         else None,
         x,
         partial(_room, grad, x, values, *index),
+        partial(_ops().block_linear_both_grads, grad, x, values, *index)
+        if is_whole(values)
+        else None,
     )
     to_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if of_bias else None
     return to_x, to_values, to_bias, None, None, None
@@ -174,6 +194,28 @@ def _weight_grad_backward(ctx: Any, twice: Tensor) -> Any:
     )
 
 
+def _save_both_grads(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _both_grads_backward(ctx: Any, of_values: Tensor, of_x: Tensor) -> Any:
+    grad, x, values, *index = ctx.saved_tensors
+    sizes = grad.shape[-1], x.shape[-1]
+    name, (lists, groups) = "block_linear_both_grads", index
+    kept = block_op.index(name, x, lists, groups, sizes, block_of(values))
+    blocks = gather(of_values.reshape(sizes), kept)
+    to_grad, to_x, to_values, *_ = ctx.needs_input_grad
+    forward = _ops().block_linear
+    return (
+        forward(x, blocks, None, *index, sizes[0]) + forward(of_x, values, None, *index, sizes[0])
+        if to_grad
+        else None,
+        _ops().block_linear_input_grad(grad, blocks, *index, sizes[1]) if to_x else None,
+        _values_grad(values, grad, of_x, *index) if to_values else None,
+        *(None, None),
+    )
+
+
 def _values_grad(values: Tensor, grad: Tensor, x: Tensor, *index: Tensor) -> Any:
     """The gradient of values: at the blocks, or whole as they are."""
     kind = _ops().block_linear_masked_grad if is_whole(values) else _ops().block_linear_weight_grad
@@ -200,4 +242,5 @@ block_op.define(
 block_op.define(
     MASKED_GRAD, _masked_grad, _fake_masked_grad, _save_weight_grad, _masked_grad_backward
 )
+block_op.define(BOTH_GRADS, _both_grads, _fake_both_grads, _save_both_grads, _both_grads_backward)
 block_op.autocast("block_linear")

@@ -53,3 +53,10 @@ def weight_grad(grad: Tensor, x: Tensor, index: BlockIndex) -> Tensor:
 def masked_grad(grad: Tensor, x: Tensor, index: BlockIndex) -> Tensor:
     """Gives the gradient of values that are whole: grad^T x at the blocks, else zeros."""
     return whole_of(gather(grad.t() @ x, index), index)
+
+
+def both_grads(
+    grad: Tensor, x: Tensor, values: Tensor, index: BlockIndex
+) -> tuple[Tensor, Tensor]:
+    """Gives `masked_grad` and `input_grad` of values that are whole."""
+    return masked_grad(grad, x, index), input_grad(grad, values, index)

@@ -128,7 +128,7 @@ def trains_dense(index: BlockIndex, dtype: torch.dtype, pixels: int, window: Win
     times = [(_blocks_us(*each, window, part), _dense_us(*each, part)) for part in PARTS]
     dense = sum(time for _, time in times) + step_time.zeroing(index, dtype)
     measured = window.dilation == ONE and _alike(dtype)
-    small = 2.0 * pixels * index.out_features * index.in_features < _LITTLE
+    small = _little(index, pixels)
     return measured and block_linear.whole_pays(index, dtype, times, dense, small)
 
 
@@ -187,17 +187,29 @@ def _reached(grad: Tensor, window: Window) -> list[int]:
 
 
 def _dense_weight_grad(grad: Tensor, x: Tensor, index: BlockIndex, window: Window) -> Tensor:
-    """PyTorch's gradient of the weight, its sums in one order."""
+    """PyTorch's gradient of the weight, its sums in one order.
+
+    cuDNN's benchmark takes for a little one what is fastest alone: it fills a GPU, and leaves
+    nothing to the gradient beside it.
+    """
     weight = empty(grad, (index.out_features, index.channels, *window.kernel))
     how = (None, *map(list, window.pairs), False, [0, 0], 1, [False, True, False])
     with _SWITCH:  # convolutions of other threads see it too
-        before = torch._C._get_cudnn_deterministic()
+        before = torch._C._get_cudnn_deterministic(), torch._C._get_cudnn_benchmark()
         torch._C._set_cudnn_deterministic(True)
+        torch._C._set_cudnn_benchmark(
+            before[1] and not _little(index, prod(grad.shape) // grad.shape[1])
+        )
         try:
             found: Tensor = torch.ops.aten.convolution_backward(grad, x, weight, *how)[1]
         finally:
-            torch._C._set_cudnn_deterministic(before)
+            torch._C._set_cudnn_deterministic(before[0])
+            torch._C._set_cudnn_benchmark(before[1])
     return found
+
+
+def _little(index: BlockIndex, pixels: int) -> bool:
+    return 2.0 * pixels * index.out_features * index.in_features < _LITTLE
 
 
 def turned_window(window: Window) -> Window:

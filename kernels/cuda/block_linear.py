@@ -23,6 +23,9 @@ _SMALL = 2**23  # weights
 # Microseconds of the multiply-adds of a dense product, up to which one beside it takes less time
 # than behind it; of a whole gradient by one kernel, which holds what it has of a GPU to its end.
 _ROOM, _ROOM_FUSED = 133, 3.67
+# Of the time of one after the other, up to which one launch of both gradients pays: where they
+# have room beside each other, else, and of so few tokens that writing the weight's binds.
+_JOINED_ROOM, _JOINED, _JOINED_FEW, _FEW = 0.9, 1.15, 0.75, 64
 # Microseconds of zeros behind a gradient that the gradient of the input hides, beside it: of a
 # weight that is not wider than tall, so that this adds up as many products as that or more.
 _HIDDEN = 1.9
@@ -86,8 +89,32 @@ def masked_grad(grad: Tensor, x: Tensor, index: BlockIndex) -> Tensor:
     return matrix.view(whole_shape(index))
 
 
+def both_grads(
+    grad: Tensor, x: Tensor, values: Tensor, index: BlockIndex
+) -> tuple[Tensor, Tensor]:
+    """See `kernels.block_linear.reference`."""
+    joined = takes(x, index) and joins(index, x.dtype, len(x))
+    if not joined or not whole_grad.both_ready(index, x):
+        return masked_grad(grad, x, index), input_grad(grad, values, index)
+    from kernels.cuda import whole
+
+    given = aligned(grad), aligned(x), aligned(whole.matrix_of(values, index))
+    of_weight, of_x = whole_grad.both_grads(index, *given)
+    return of_weight.view(whole_shape(index)), of_x
+
+
+def joins(index: BlockIndex, dtype: torch.dtype, tokens: int) -> bool:
+    """Whether one launch gives both gradients of a whole weight sooner, by a rule of thumb."""
+    if tokens == 0:
+        return False
+    most = _JOINED_ROOM if _beside(index, dtype, tokens, whole=True) else _JOINED
+    if tokens <= _FEW:
+        most = _JOINED_FEW
+    return step_time.both(index, dtype, tokens) <= most * _in_turn(index, dtype, tokens)
+
+
 def room(index: BlockIndex, dtype: torch.dtype, tokens: int, whole: bool) -> bool:
-    """Whether both gradients of a step take less time beside each other, by a rule of thumb.
+    """Whether both gradients of a step take the least time beside each other, by a rule of thumb.
 
     Args:
         index: of the blocks.
@@ -95,9 +122,9 @@ def room(index: BlockIndex, dtype: torch.dtype, tokens: int, whole: bool) -> boo
         tokens: or pixels of the output.
         whole: whether the weight is held whole, and `masked_grad` gives its gradient.
     """
-    fused = whole and fits(index, dtype) and fuses(index, dtype, tokens)
-    needed = step_time.compute(index, dtype, tokens)
-    return needed <= (_ROOM_FUSED if fused else _ROOM)
+    if whole and fits(index, dtype) and joins(index, dtype, tokens):
+        return False
+    return _beside(index, dtype, tokens, whole)
 
 
 def takes(x: Tensor, index: BlockIndex) -> bool:
@@ -129,9 +156,9 @@ def trains_dense(index: BlockIndex, dtype: torch.dtype, tokens: int) -> bool:
         return True
     each = (index, dtype, tokens)
     times = [(step_time.blocks(*each, part), step_time.dense(*each, part)) for part in PARTS]
-    gradient = min(step_time.masked(*each), step_time.fused(*each))
     small = index.out_features * index.in_features < _SMALL
-    return whole_pays(index, dtype, times, times[0][1] + times[1][1] + gradient, small)
+    gradients = step_time.both(*each) if joins(*each) else _in_turn(*each)
+    return whole_pays(index, dtype, times, times[0][1] + gradients, small)
 
 
 def samples(index: BlockIndex, dtype: torch.dtype, tokens: int) -> bool:
@@ -171,3 +198,17 @@ def whole_pays(
     if small and not all(ours):
         pays = _PAYS_SMALL
     return whole < pays * sum(map(min, moved))
+
+
+def _beside(index: BlockIndex, dtype: torch.dtype, tokens: int, whole: bool) -> bool:
+    """Whether both gradients take less time beside each other than one after the other."""
+    fused = whole and fits(index, dtype) and fuses(index, dtype, tokens)
+    needed = step_time.compute(index, dtype, tokens)
+    return needed <= (_ROOM_FUSED if fused else _ROOM)
+
+
+def _in_turn(index: BlockIndex, dtype: torch.dtype, tokens: int) -> float:
+    """Microseconds of both gradients of a whole weight, one after the other."""
+    each = (index, dtype, tokens)
+    gradient = min(step_time.masked(*each), step_time.fused(*each))
+    return step_time.dense(*each, INPUT) + gradient

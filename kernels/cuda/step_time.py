@@ -11,6 +11,7 @@ import torch
 from kernels.block_index import BlockIndex
 from kernels.cuda import whole_grad
 from kernels.cuda.rounding import precision
+from kernels.cuda.whole_plan import together
 
 OUTPUT, INPUT, WEIGHT = PARTS = ("output", "gradient of the input", "gradient of the weight")
 # How many times as long as PyTorch's dense product our kernels took, were all blocks kept, by the
@@ -53,9 +54,9 @@ def blocks(index: BlockIndex, dtype: torch.dtype, tokens: int, part: str) -> flo
     if part == WEIGHT:
         needed += share(index) * _bytes(index, dtype) / _WRITTEN
         least = _OURS_STEP * min(tokens / 64, _OURS_STEPS)
-        return _OURS + large * _OURS_128 + whole_grad.together(needed, least)
+        return _OURS + large * _OURS_128 + together(needed, least)
     least = _STEP[min(index.block)] * steps_of(index, part)
-    return _OURS + whole_grad.together(needed, least, 3 if large else 1.5)
+    return _OURS + together(needed, least, 3 if large else 1.5)
 
 
 def dense(index: BlockIndex, dtype: torch.dtype, tokens: int, part: str) -> float:
@@ -89,6 +90,12 @@ def fused(index: BlockIndex, dtype: torch.dtype, tokens: int) -> float:
     """Of the gradient of a whole weight by whole_grad.cu, inf where that does not take it."""
     taken = whole_grad.takes(index, dtype)
     return whole_grad.microseconds(index, tokens) if taken else math.inf
+
+
+def both(index: BlockIndex, dtype: torch.dtype, tokens: int) -> float:
+    """Of both gradients of a whole weight by one launch, inf where there is none."""
+    taken = whole_grad.takes(index, dtype)
+    return whole_grad.both_microseconds(index, tokens) if taken else math.inf
 
 
 def compute(index: BlockIndex, dtype: torch.dtype, tokens: int) -> float:

@@ -1,6 +1,10 @@
-"""The gradient of a weight held whole, zeros where no block is kept, by whole_grad.cu (9.0)."""
+"""Gradients of a layer whose weight is held whole, by whole_grad.cu (9.0).
 
-from functools import cache, lru_cache
+That of the weight, zeros where no block is kept, alone or with that of the layer's input.
+"""
+
+from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -9,20 +13,11 @@ from kernels.block_index import BlockIndex
 from kernels.cuda.blocks import SIZES
 from kernels.cuda.driver import available, capability, function, tensor_map
 from kernels.cuda.hopper import LINE, STEP, THREADS
+from kernels.cuda.whole_plan import Plan, fastest, fastest_both
 
 _STORED = 64  # rows and columns that a group of warps writes at once
 _WARPS, _RING = 8, 4  # that multiply; tiles whose kept blocks are looked up ahead
 _ROOM = 196_608  # bytes of tiles that are under way or in use
-# Of tiles of so many rows and columns, microseconds on an H200: of a launch, of 64 tokens, of a
-# tile beside them. Bytes of the gradient that are written in one.
-TILES = {
-    (128, 256): (2.5, 0.65, 1.1),
-    (128, 192): (2.31, 0.482, 1.29),
-    (128, 128): (1.85, 0.344, 1.05),
-    (128, 64): (1.33, 0.226, 1.35),
-    (64, 64): (1.56, 0.16, 0.89),
-}
-_WRITTEN = 5e6
 _loaded: set[tuple[object, ...]] = set()
 
 
@@ -35,16 +30,24 @@ def takes(index: BlockIndex, dtype: torch.dtype) -> bool:
     return fits and capability(device.index) == (9, 0) and available(device.index)
 
 
+def microseconds(index: BlockIndex, tokens: int) -> float:
+    """How long `weight_grad` takes on an H200, by a rule of thumb."""
+    return plan(index, tokens).us
+
+
+def both_microseconds(index: BlockIndex, tokens: int) -> float:
+    """How long `both_grads` takes on an H200, by a rule of thumb."""
+    return plan_both(index, tokens).us
+
+
 def ready(index: BlockIndex, x: Tensor) -> bool:
     """Whether it may be called now: while a graph is captured nothing can be loaded."""
-    if not torch.cuda.is_current_stream_capturing():
-        return True
-    return (x.device.index, _defines(index, x)) in _loaded
+    return _may_launch(index, x, plan(index, len(x)))
 
 
-def microseconds(index: BlockIndex, tokens: int) -> float:
-    """How long it takes on an H200, by a rule of thumb."""
-    return _plan(index, tokens)[0]
+def both_ready(index: BlockIndex, x: Tensor) -> bool:
+    """As `ready`, of both gradients."""
+    return _may_launch(index, x, plan_both(index, len(x)))
 
 
 def weight_grad(index: BlockIndex, grad: Tensor, x: Tensor) -> Tensor:
@@ -55,21 +58,27 @@ def weight_grad(index: BlockIndex, grad: Tensor, x: Tensor) -> Tensor:
         grad: (tokens, out), one token at least; contiguous and from a multiple of 16 bytes on.
         x: (tokens, in), as grad.
     """
-    _, (rows, columns) = _plan(index, len(x))
-    defines, stages = _defines(index, x), stages_of(rows, columns)
-    kernel = function("whole_grad.cu", "whole_grad", x.device.index, defines, dynamic=True)
-    _loaded.add((x.device.index, defines))
     given = x.new_empty(index.out_features, index.in_features)
-    boxes = ((grad, STEP), (x, STEP), (given, _STORED))
-    maps = tuple(tensor_map(part, lines, STEP) for part, lines in boxes)
-    shared = stages * ((rows + columns) * LINE + 16) + 4 * _STORED * LINE
-    shared += _RING * (4 * _WARPS + 16) + 1024
-    blocks = min(
-        _at_once(x.device), _tiles((index.out_features, index.in_features), (rows, columns))
-    )
-    numbers = (*given.shape, -(-len(x) // STEP))
-    kernel.launch((blocks, 1), THREADS, (index.starts, index.columns), numbers, shared, maps)
+    maps = ((grad, STEP), (x, STEP), (given, _STORED))
+    _launch(index, x, plan(index, len(x)), maps)
     return given
+
+
+def both_grads(
+    index: BlockIndex, grad: Tensor, x: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gives what `weight_grad` does, and grad W (tokens, in), by one launch.
+
+    Args:
+        index: of the blocks.
+        grad: see `weight_grad`.
+        x: as grad.
+        weight: W (out, in), as grad.
+    """
+    of_weight, of_x = torch.empty_like(weight), torch.empty_like(x)
+    maps = ((grad, STEP), (x, STEP), (of_weight, _STORED), (weight, STEP), (of_x, _STORED))
+    _launch(index, x, plan_both(index, len(x)), maps)
+    return of_weight, of_x
 
 
 def stages_of(rows: int, columns: int) -> int:
@@ -77,42 +86,51 @@ def stages_of(rows: int, columns: int) -> int:
     return _ROOM // ((rows + columns) * LINE)
 
 
-def _defines(index: BlockIndex, x: Tensor) -> tuple[tuple[str, int], ...]:
-    _, (rows, columns) = _plan(index, len(x))
+def _launch(
+    index: BlockIndex, x: Tensor, how: Plan, matrices: Sequence[tuple[Tensor, int]]
+) -> None:
+    """Starts the kernel: matrices it reads or writes, and lines of each that it moves at once."""
+    defines = _defines(index, x, how)
+    kernel = function("whole_grad.cu", "whole_grad", x.device.index, defines, dynamic=True)
+    _loaded.add((x.device.index, defines))
+    maps = tuple(tensor_map(part, lines, STEP) for part, lines in matrices)
+    columns = max(how.weight, how.input)
+    shared = stages_of(how.rows, columns) * ((how.rows + columns) * LINE + 16)
+    shared += 4 * _STORED * LINE + _RING * (4 * _WARPS + 16) + 1024
+    numbers = (index.out_features, index.in_features, len(x), how.each)
+    kernel.launch((how.blocks, 1), THREADS, (index.starts, index.columns), numbers, shared, maps)
+
+
+def _may_launch(index: BlockIndex, x: Tensor, how: Plan) -> bool:
+    if not torch.cuda.is_current_stream_capturing():
+        return True
+    return (x.device.index, _defines(index, x, how)) in _loaded
+
+
+def _defines(index: BlockIndex, x: Tensor, how: Plan) -> tuple[tuple[str, int], ...]:
     return (
-        ("HEIGHT", rows),
-        ("SPAN", columns),
-        ("STAGES", stages_of(rows, columns)),
+        ("HEIGHT", how.rows),
+        ("WEIGHT", how.weight),
+        ("INPUT", how.input),
+        ("STAGES", stages_of(how.rows, max(how.weight, how.input))),
         ("BH", index.block[0]),
         ("BW", index.block[1]),
         ("BF16", int(x.dtype is torch.bfloat16)),
     )
 
 
-def together(one: float, other: float, power: float = 1.5) -> float:
-    """Of what partly hides each other: the sum (a power of 1) or less, the longer at least."""
-    return (one**power + other**power) ** (1 / power)
+def plan(index: BlockIndex, tokens: int) -> Plan:
+    """The tiles of a gradient of the weight alone."""
+    return fastest(*_sizes(index, tokens))
 
 
-def _plan(index: BlockIndex, tokens: int) -> tuple[float, tuple[int, int]]:
-    """Microseconds, and rows and columns of a tile with which it takes them: the fewest."""
-    most = _at_once(index.lists.device)
-    return _fastest(index.out_features, index.in_features, tokens, most)
+def plan_both(index: BlockIndex, tokens: int) -> Plan:
+    """The tiles of both gradients."""
+    return fastest_both(*_sizes(index, tokens))
 
 
-@lru_cache(maxsize=4096)
-def _fastest(rows: int, columns: int, tokens: int, most: int) -> tuple[float, tuple[int, int]]:
-    """See `_plan`; most: thread blocks that run at once."""
-    times, written = [], 2 * rows * columns / _WRITTEN
-    for tile, (launch, step, beside) in TILES.items():
-        waves = -(-_tiles((rows, columns), tile) // most)
-        each = together(step * -(-tokens // STEP), beside)
-        times.append((launch + together(waves * each, written), tile))
-    return min(times)
-
-
-def _tiles(size: tuple[int, int], tile: tuple[int, int]) -> int:
-    return -(-size[0] // tile[0]) * -(-size[1] // tile[1])
+def _sizes(index: BlockIndex, tokens: int) -> tuple[int, int, int, int]:
+    return index.out_features, index.in_features, tokens, _at_once(index.lists.device)
 
 
 @cache

@@ -21,6 +21,7 @@ def check(net: nn.Module, x: Tensor, room: bool, monkeypatch: pytest.MonkeyPatch
     """
     given, beside, met = [x, *net.parameters()], block_op._beside, list[torch.device]()
     monkeypatch.setattr(block_linear, "room", lambda *_: room)
+    monkeypatch.setattr(block_linear, "joins", lambda *_: not room)
 
     def noted(device: torch.device) -> torch.cuda.Stream:
         met.append(device)

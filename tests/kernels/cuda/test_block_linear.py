@@ -121,14 +121,16 @@ def test_where_dense_is_faster(
 
 @pytest.mark.parametrize("block", [*BLOCKS, (24, 10)])
 @pytest.mark.parametrize("dtype", [*NARROW, torch.float64])
-@pytest.mark.parametrize("way", ["dense", "blocks", "fused"])
+@pytest.mark.parametrize("way", ["dense", "blocks", "fused", "joined"])
 def test_values_held_whole(
     way: str, dtype: torch.dtype, block: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fused = way == "fused"
-    monkeypatch.setattr(
-        block_linear, "fuses", lambda index, kind, _: fused and whole_grad.takes(index, kind)
-    )
+    for rule, its in (("fuses", "fused"), ("joins", "joined")):
+
+        def forced(index: BlockIndex, kind: torch.dtype, _: int, its: str = its) -> bool:
+            return way == its and whole_grad.takes(index, kind)
+
+        monkeypatch.setattr(block_linear, rule, forced)
     monkeypatch.setattr(block_linear, "samples", lambda *_: way == "blocks")
     values, index = drawn((6, 9), block, 0.8, dtype)
     values = whole_of(values, index)
@@ -172,6 +174,7 @@ def test_large_weights_held_whole_of_few_tokens(
     values, index = drawn((4096 // side, 2048 // side), (side, side), 0.5, torch.bfloat16)
     assert block_linear.samples(index, torch.bfloat16, tokens)
     monkeypatch.setattr(block_linear, "fuses", lambda *_: False)
+    monkeypatch.setattr(block_linear, "joins", lambda *_: False)
     x = torch.randn(tokens, 2048, device="cuda").bfloat16()
     check(x, whole_of(values, index), None, index)
 

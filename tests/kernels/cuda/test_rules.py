@@ -204,7 +204,7 @@ def test_weights_that_are_held_whole_to_train(
         (1024, 256, 5120, 16, 0.05, True, True),  # 23.5; 25.5 with zeros by a pass of their own
         (256, 768, 3072, 32, 0.7, True, True),  # 15.9; 16.9
         (4096, 5120, 512, 16, 0.7, True, False),  # 109 for 112
-        (1024, 3072, 768, 16, 0.05, False, True),  # 24.2 for 29.6 where it is whole
+        (1024, 3072, 768, 16, 0.05, True, True),
         (4096, 512, 512, 128, 0.6, False, False),  # 19.0 for 20.8
         (4096, 5120, 256, 128, 0.7, True, False),  # 69.7, of dense 69.3
     ],
@@ -221,7 +221,8 @@ def test_steps_of_tall_and_wide_weights(
 @pytest.mark.parametrize(
     ("tokens", "size", "side", "dtype", "whole", "room"),
     [
-        (128, 512, 32, torch.bfloat16, True, True),  # 9.1 us a step, 10.3 in turn
+        (4096, 512, 32, torch.bfloat16, True, True),  # both 14.7 us, 16.5 in turn
+        (128, 512, 32, torch.bfloat16, True, False),  # one launch gives both
         (1024, 3072, 32, torch.bfloat16, True, False),  # of one kernel
         (1024, 3072, 32, torch.bfloat16, False, True),
         (256, 3072, 32, torch.float32, True, True),  # of no such kernel
@@ -236,6 +237,28 @@ def test_gradients_beside_each_other(
 ) -> None:
     index = index_of(size, side, 0.5)
     assert block_linear.room(index, dtype, tokens, whole) == room
+
+
+@pytest.mark.usefixtures("on_hopper")
+@pytest.mark.parametrize(
+    ("tokens", "rows", "columns", "joined"),
+    [
+        (2048, 2048, 512, True),  # 13.0 us, in turn 17.4, beside each other 17.9
+        (512, 3072, 1024, True),  # 12.7, 16.7, 17.0
+        (128, 768, 3072, True),  # 5.1, 8.9, 8.1
+        (1024, 3072, 8192, True),  # 135.8, 141.5, 140.6
+        (64, 1024, 2048, True),  # 5.6, 7.7, 6.9
+        (64, 2048, 4096, False),  # 13.9, 13.5, 12.7
+        (4096, 512, 512, False),  # 17.1, 16.5, 14.7
+        (256, 8192, 512, False),  # 28.4, 14.4, 15.4
+        (2048, 5120, 512, False),  # 37.9, 36.3, 38.0
+        (0, 512, 512, False),
+    ],
+)
+def test_both_gradients_by_one_launch(tokens: int, rows: int, columns: int, joined: bool) -> None:
+    index = sized(rows, columns, 32, 0.7)
+    assert block_linear.joins(index, torch.bfloat16, tokens) == joined
+    assert not block_linear.joins(index, torch.float32, tokens)  # no kernel of ours takes it
 
 
 def test_the_gradient_of_the_input_walks_columns(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.cuda import driver, few, whole_grad
+from kernels.cuda import driver, few, whole_grad, whole_plan
 from kernels.cuda.blocks import LINEAR, Blocks, Form
 from kernels.cuda.driver import CompileError, image
 from kernels.window import Window
@@ -56,9 +56,11 @@ def test_sources_compile(target: str, narrow: int) -> None:
             kind = {"BIAS": bias, "ACT": activation, "BF16": narrow}
             compiles("hopper.cu", "sm_90a", BC=wide, STAGES=4, **kind)
             compiles("halves.cu", "sm_90a", STAGES=5, **kind)
-        for tile, block in itertools.product(whole_grad.TILES, ((16, 16), (64, 32), (32, 128))):
-            rows, columns = tile
-            shape = {"HEIGHT": rows, "SPAN": columns, "STAGES": whole_grad.stages_of(*tile)}
+        tiles = [(*tile, 0) for tile in whole_plan.TILES] + [(128, *p) for p in whole_plan.PAIRS]
+        for tile, block in itertools.product(tiles, ((16, 16), (64, 32), (32, 128))):
+            rows, weight, given = tile
+            shape = {"HEIGHT": rows, "WEIGHT": weight, "INPUT": given}
+            shape |= {"STAGES": whole_grad.stages_of(rows, max(weight, given))}
             shape |= {"BH": block[0], "BW": block[1]}
             compiles("whole_grad.cu", "sm_90a", **shape, BF16=narrow)
     for high, wide, depth in itertools.product((1, 2, 4), (1, 2, 4), (2, 3)):
@@ -73,14 +75,18 @@ def test_sources_compile(target: str, narrow: int) -> None:
         ("hopper.cu", {"BC": 64, "STAGES": 4}),
         ("hopper.cu", {"BC": 128, "STAGES": 4}),
         ("halves.cu", {"STAGES": 5}),
-        ("whole_grad.cu", {"HEIGHT": 128, "SPAN": 256, "STAGES": 4, "BH": 16, "BW": 16}),
-        ("whole_grad.cu", {"HEIGHT": 128, "SPAN": 192, "STAGES": 4, "BH": 64, "BW": 128}),
-        ("whole_grad.cu", {"HEIGHT": 64, "SPAN": 64, "STAGES": 12, "BH": 32, "BW": 32}),
+        ("whole_grad.cu", {"HEIGHT": 128, "WEIGHT": 256, "INPUT": 0, "STAGES": 4}),
+        ("whole_grad.cu", {"HEIGHT": 128, "WEIGHT": 192, "INPUT": 0, "STAGES": 4}),
+        ("whole_grad.cu", {"HEIGHT": 64, "WEIGHT": 64, "INPUT": 0, "STAGES": 12}),
+        *(
+            ("whole_grad.cu", {"HEIGHT": 128, "WEIGHT": w, "INPUT": i, "STAGES": 4})
+            for w, i in whole_plan.PAIRS
+        ),
     ],
 )
 def test_products_of_wgmma_overlap(source: str, kind: dict[str, int], activation: int) -> None:
     """ptxas waits for each of them where it cannot see that the next one may begin."""
-    defines = kind | {"ACT": activation, "BF16": 1}
+    defines = kind | {"ACT": activation, "BF16": 1, "BH": 16, "BW": 16}
     if source != "whole_grad.cu":
         defines["BIAS"] = 1
     options = ["--gpu-architecture=sm_90a", "--std=c++17", "--ptxas-options=-v"]

@@ -4,10 +4,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import given as given_drawn
+from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.block_index import BlockIndex, block_index, gather, scatter, whole_shape
-from kernels.cuda import block_linear, whole_grad
+from kernels.cuda import block_linear, whole_grad, whole_plan
 from tests.kernels.cuda.test_block_linear import BOUND
 from tests.kernels.cuda.test_hopper import on_hopper
 
@@ -16,18 +18,20 @@ BLOCKS = [(16, 16), (32, 64), (64, 64), (128, 16), (16, 128), (128, 128)]
 
 
 @pytest.fixture
-def tile(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[tuple[int, int]]:
-    """Tiles of so many rows and columns."""
-    size: tuple[int, int] = request.param
-    monkeypatch.setattr(whole_grad, "TILES", {size: whole_grad.TILES[size]})
-    whole_grad._fastest.cache_clear()
-    yield size
-    whole_grad._fastest.cache_clear()
+def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tiles of so many rows and columns; of both gradients, of so many columns."""
+    name = "TILES" if request.param in whole_plan.TILES else "PAIRS"
+    held = {request.param: whole_plan.TILES.get(request.param)}
+    monkeypatch.setattr(whole_plan, name, held)
+    for plan in (whole_plan.fastest, whole_plan.fastest_both):
+        plan.cache_clear()
+    yield
+    for plan in (whole_plan.fastest, whole_plan.fastest_both):
+        plan.cache_clear()
 
 
-tiles = pytest.mark.parametrize("tile", whole_grad.TILES, indirect=True)
+tiles = pytest.mark.parametrize("tile", whole_plan.TILES, indirect=True)
+pairs = pytest.mark.parametrize("tile", whole_plan.PAIRS, indirect=True)
 
 
 def drawn(rows: int, columns: int, block: tuple[int, int], density: float) -> BlockIndex:
@@ -58,15 +62,33 @@ def check(index: BlockIndex, tokens: int, dtype: torch.dtype) -> None:
     assert torch.equal(found, whole_grad.weight_grad(index, grad, x))
 
 
+def check_both(index: BlockIndex, tokens: int, dtype: torch.dtype) -> None:
+    """As `check`; the gradient of the weight is that of the kernel alone but for its tiles."""
+    grad, x = given(index, tokens, dtype)
+    weight = torch.randn(index.out_features, index.in_features, device="cuda").to(dtype)
+    true = (
+        scatter(gather(grad.double().t() @ x.double(), index), index),
+        grad.double() @ weight.double(),
+    )
+    first = whole_grad.both_grads(index, grad, x, weight)
+    poison = [torch.full_like(part, float("nan")) for part in first]
+    del poison
+    found = whole_grad.both_grads(index, grad, x, weight)
+    assert not found[0][true[0] == 0].any()
+    for mine, its, again in zip(found, true, first, strict=True):
+        assert not mine.isnan().any()
+        error = (mine.double() - its).norm() / its.norm().clamp(min=1e-30)
+        assert error < BOUND[dtype], float(error)
+        assert torch.equal(mine, again)
+
+
 @pytest.mark.gpu
 @on_hopper
 @tiles
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tokens", [1, 63, 64, 200, 1111])
-def test_ragged_sizes(
-    tokens: int, dtype: torch.dtype, block: tuple[int, int], tile: tuple[int, int]
-) -> None:
+def test_ragged_sizes(tokens: int, dtype: torch.dtype, block: tuple[int, int], tile: None) -> None:
     torch.manual_seed(tokens)
     for rows, columns in ((1, 1), (3, 5), (13, 11)):
         check(drawn(rows * block[0], columns * block[1], block, 0.6), tokens, dtype)
@@ -77,12 +99,41 @@ def test_ragged_sizes(
 @tiles
 @pytest.mark.parametrize("density", [0.0, 0.02, 0.5, 0.95, 1.0])
 @pytest.mark.parametrize("side", [16, 128])
-def test_more_tiles_than_run_at_once(side: int, density: float, tile: tuple[int, int]) -> None:
+def test_more_tiles_than_run_at_once(side: int, density: float, tile: None) -> None:
     """Rows of up to 640 blocks; the last wave is not full."""
     torch.manual_seed(0)
     index = drawn(2944, 10240, (side, side), density)
     for tokens in (64, 300):
         check(index, tokens, torch.bfloat16)
+
+
+@pytest.mark.gpu
+@on_hopper
+@pairs
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 63, 200, 1111])
+def test_both_of_ragged_sizes(
+    tokens: int, dtype: torch.dtype, block: tuple[int, int], tile: None
+) -> None:
+    torch.manual_seed(tokens)
+    for rows, columns in ((1, 1), (3, 5), (13, 11)):
+        check_both(drawn(rows * block[0], columns * block[1], block, 0.6), tokens, dtype)
+
+
+@pytest.mark.gpu
+@on_hopper
+@pairs
+@pytest.mark.parametrize(
+    ("rows", "columns", "tokens"),
+    [(2944, 10240, 64), (256, 10240, 3000), (2944, 3072, 2000), (4096, 256, 2048)],
+)
+def test_both_of_more_tiles_than_run_at_once(
+    rows: int, columns: int, tokens: int, tile: None
+) -> None:
+    """Where either comes first, and either has more tiles."""
+    torch.manual_seed(0)
+    check_both(drawn(rows, columns, (16, 16), 0.5), tokens, torch.bfloat16)
 
 
 @pytest.mark.gpu
@@ -184,5 +235,55 @@ def test_tiles_are_as_large_as_was_fastest(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(whole_grad, "_at_once", lambda _: 132)
-    assert whole_grad._plan(index_of(rows, columns), tokens)[1] == tile
+    how = whole_grad.plan(index_of(rows, columns), tokens)
+    assert (how.rows, how.weight) == tile
     assert not whole_grad.takes(index_of(rows, columns), torch.bfloat16)  # on the CPU
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows", "columns", "pair"),
+    [
+        (64, 256, 256, (64, 64)),  # 2.8 us, of 128 columns 3.5, of 256 4.9
+        (2048, 2048, 512, (128, 128)),  # 13.0, of 64 18.4, of 256 24.8
+        (128, 768, 3072, (128, 64)),  # 5.1, of 128 6.1, of 64 6.0
+        (1024, 1024, 2048, (256, 256)),  # 13.5, of 128 14.3
+    ],
+)
+def test_pairs_of_tiles_are_as_large_as_was_fastest(
+    tokens: int,
+    rows: int,
+    columns: int,
+    pair: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(whole_grad, "_at_once", lambda _: 132)
+    how = whole_grad.plan_both(index_of(rows, columns), tokens)
+    assert (how.weight, how.input) == pair
+
+
+@given_drawn(
+    count=st.integers(0, 50),
+    others=st.integers(1, 50),
+    blocks=st.integers(1, 20),
+    time=st.floats(0.1, 9),
+    other=st.floats(0.1, 9),
+)
+def test_every_tile_is_taken_once_and_ends_as_planned(
+    count: int, others: int, blocks: int, time: float, other: float
+) -> None:
+    """By thread blocks as whole_grad.cu says which tiles one takes."""
+    blocks = min(blocks, count + others)
+    plans = list(whole_plan._ends(count, time, others, other, blocks))
+    most = count % blocks
+    for ends, each in plans:
+        given, taken, last = min(others, (blocks - most) * each), list[int](), 0.0
+        for block in range(blocks):
+            seconds = range(block - most, given, blocks - most)
+            if block < most:
+                seconds = range(given + block, others, most)
+            firsts = len(range(block, count, blocks))
+            taken += seconds
+            last = max(last, firsts * time + len(seconds) * other)
+        assert sorted(taken) == list(range(others))
+        assert last <= ends + 1e-9
+    assert min(plans)[0] <= -(-count // blocks) * time + -(-others // blocks) * other + 1e-9

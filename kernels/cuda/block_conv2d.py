@@ -18,6 +18,7 @@ from kernels.window import Pair, Window
 ONE = (1, 1)
 _SLOWER = 1.17  # times as long as a linear layer of as many multiply-adds
 _LITTLE = 2e9  # FLOP; of fewer, cuDNN leaves room for a gradient beside another
+_LEAST = 5e8  # of fewer, what cuDNN's benchmark takes leaves none
 _NARROW = 1.6  # times as long as their multiply-adds say cuDNN's take of fewer than 128 channels
 _SWITCH = Lock()  # autograd has a thread for each device
 
@@ -128,7 +129,7 @@ def trains_dense(index: BlockIndex, dtype: torch.dtype, pixels: int, window: Win
     times = [(_blocks_us(*each, window, part), _dense_us(*each, part)) for part in PARTS]
     dense = sum(time for _, time in times) + step_time.zeroing(index, dtype)
     measured = window.dilation == ONE and _alike(dtype)
-    small = _little(index, pixels)
+    small = _flop(index, pixels) < _LITTLE
     return measured and block_linear.whole_pays(index, dtype, times, dense, small)
 
 
@@ -189,7 +190,7 @@ def _reached(grad: Tensor, window: Window) -> list[int]:
 def _dense_weight_grad(grad: Tensor, x: Tensor, index: BlockIndex, window: Window) -> Tensor:
     """PyTorch's gradient of the weight, its sums in one order.
 
-    cuDNN's benchmark takes for a little one what is fastest alone: it fills a GPU, and leaves
+    cuDNN's benchmark takes what is fastest alone: of the least images it fills a GPU, and leaves
     nothing to the gradient beside it.
     """
     weight = empty(grad, (index.out_features, index.channels, *window.kernel))
@@ -198,7 +199,7 @@ def _dense_weight_grad(grad: Tensor, x: Tensor, index: BlockIndex, window: Windo
         before = torch._C._get_cudnn_deterministic(), torch._C._get_cudnn_benchmark()
         torch._C._set_cudnn_deterministic(True)
         torch._C._set_cudnn_benchmark(
-            before[1] and not _little(index, prod(grad.shape) // grad.shape[1])
+            before[1] and _flop(index, prod(grad.shape) // grad.shape[1]) >= _LEAST
         )
         try:
             found: Tensor = torch.ops.aten.convolution_backward(grad, x, weight, *how)[1]
@@ -208,8 +209,8 @@ def _dense_weight_grad(grad: Tensor, x: Tensor, index: BlockIndex, window: Windo
     return found
 
 
-def _little(index: BlockIndex, pixels: int) -> bool:
-    return 2.0 * pixels * index.out_features * index.in_features < _LITTLE
+def _flop(index: BlockIndex, pixels: int) -> float:
+    return 2.0 * pixels * index.out_features * index.in_features
 
 
 def turned_window(window: Window) -> Window:

@@ -21,11 +21,14 @@ from kernels.cuda.step_time import INPUT, OUTPUT, PARTS, WEIGHT
 _PAYS, _PAYS_SMALL = 0.98, 1.04
 _SMALL = 2**23  # weights
 # Microseconds of the multiply-adds of a dense product, up to which one beside it takes less time
-# than behind it; of a whole gradient by one kernel, which holds what it has of a GPU to its end.
-_ROOM, _ROOM_FUSED = 133, 3.67
-# Of the time of one after the other, up to which one launch of both gradients pays: where they
-# have room beside each other, else, and of so few tokens that writing the weight's binds.
-_JOINED_ROOM, _JOINED, _JOINED_FEW, _FEW = 0.9, 1.15, 0.75, 64
+# than behind it; of a whole gradient by one kernel, which holds what it has of a GPU to its end,
+# of up to so many tokens, or thread blocks (half of an H200).
+_ROOM, _ROOM_FUSED, _SOON, _HALF = 133, 3.67, 256, 66
+# Of the time of one after the other, up to which one launch of both gradients pays: else; where
+# they have room beside each other, of up to so many weights more of it; of so many multiply-adds
+# that the clock falls; of so few tokens that writing the weight's binds.
+_JOINED, _JOINED_ROOM, _JOINED_LITTLE, _LITTLE = 1.2, 0.97, 0.85, 2**18
+_JOINED_MANY, _JOINED_FEW, _FEW = 0.9, 0.75, 64
 # Microseconds of zeros behind a gradient that the gradient of the input hides, beside it: of a
 # weight that is not wider than tall, so that this adds up as many products as that or more.
 _HIDDEN = 1.9
@@ -105,12 +108,18 @@ def both_grads(
 
 def joins(index: BlockIndex, dtype: torch.dtype, tokens: int) -> bool:
     """Whether one launch gives both gradients of a whole weight sooner, by a rule of thumb."""
+    each = (index, dtype, tokens)
     if tokens == 0:
         return False
-    most = _JOINED_ROOM if _beside(index, dtype, tokens, whole=True) else _JOINED
-    if tokens <= _FEW:
+    most = _JOINED
+    if step_time.compute(*each) > _ROOM:
+        most = _JOINED_MANY
+    elif tokens <= _FEW:
         most = _JOINED_FEW
-    return step_time.both(index, dtype, tokens) <= most * _in_turn(index, dtype, tokens)
+    elif _beside(*each, whole=True):
+        little = index.out_features * index.in_features <= _LITTLE
+        most = _JOINED_LITTLE if little else _JOINED_ROOM
+    return step_time.both(*each) <= most * _in_turn(*each)
 
 
 def room(index: BlockIndex, dtype: torch.dtype, tokens: int, whole: bool) -> bool:
@@ -202,9 +211,11 @@ def whole_pays(
 
 def _beside(index: BlockIndex, dtype: torch.dtype, tokens: int, whole: bool) -> bool:
     """Whether both gradients take less time beside each other than one after the other."""
-    fused = whole and fits(index, dtype) and fuses(index, dtype, tokens)
     needed = step_time.compute(index, dtype, tokens)
-    return needed <= (_ROOM_FUSED if fused else _ROOM)
+    if not (whole and fits(index, dtype) and fuses(index, dtype, tokens)):
+        return needed <= _ROOM
+    free = tokens <= _SOON or whole_grad.plan(index, tokens).blocks <= _HALF
+    return free and needed <= _ROOM_FUSED
 
 
 def _in_turn(index: BlockIndex, dtype: torch.dtype, tokens: int) -> float:

@@ -18,15 +18,16 @@ TILES = {
 _WRITTEN = 5e6
 # Of both gradients of a layer, tiles of 128 rows or tokens and so many columns: of a launch, of 64
 # tokens of a weight's, of 64 rows of x's, of a tile beside them; fitted to 84 sizes. Of more than
-# 128 columns both are as wide, else there are too few registers.
+# 128 columns both are as wide, else there are too few registers. Bytes of both that are written in
+# one, and of the output's gradient, which both read.
 BOTH = {
-    64: (1.23, 0.261, 0.216, 1.19),
-    128: (1.33, 0.354, 0.311, 1.58),
-    192: (1.69, 0.509, 0.519, 1.45),
-    256: (1.94, 0.677, 0.676, 0.09),
+    64: (1.21, 0.247, 0.211, 1.26),
+    128: (1.26, 0.328, 0.315, 1.75),
+    192: (1.59, 0.503, 0.51, 1.68),
+    256: (2.06, 0.657, 0.657, 0.65),
 }
 PAIRS = ((64, 64), (64, 128), (128, 64), (128, 128), (192, 192), (256, 256))
-_TALL, _WRITTEN_BOTH = 128, 3.5e6
+_TALL, _WRITTEN_BOTH, _READ = 128, 4e6, 6e6
 
 
 class Plan(NamedTuple):
@@ -77,7 +78,8 @@ def fastest(rows: int, columns: int, tokens: int, most: int) -> Plan:
 @lru_cache(maxsize=4096)
 def fastest_both(rows: int, columns: int, tokens: int, most: int) -> Plan:
     """Both gradients of a layer; arguments as of `fastest`."""
-    plans, written = [], 2 * (rows + tokens) * columns / _WRITTEN_BOTH
+    plans, moved = [], 2 * (rows + tokens) * columns / _WRITTEN_BOTH
+    moved += 2 * (2 * rows * tokens) / _READ
     for weight, given in PAIRS:
         launch, step, _, beside = BOTH[weight]
         launch_x, _, step_x, beside_x = BOTH[given]
@@ -92,7 +94,7 @@ def fastest_both(rows: int, columns: int, tokens: int, most: int) -> Plan:
         blocks, last = min(most, sum(counts)), times[0] >= times[1]
         first, second = (0, 1) if last else (1, 0)  # those that take longer first
         took, each = min(_ends(counts[first], times[first], counts[second], times[second], blocks))
-        time = max(launch, launch_x) + together(took, written)
+        time = max(launch, launch_x) + together(took, moved)
         plans.append(Plan(time, _TALL, weight, given, blocks, -each if last else each))
     return min(plans)
 

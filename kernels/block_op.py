@@ -86,17 +86,16 @@ def define(
 
     Args:
         schema: of the operator.
-        run: computes it, on the CPU and on GPUs; autocast, a backward pass within it, changes
-            no dtype in there.
-        fake: gives an empty tensor like its result.
+        run: computes it, a tensor or several, on the CPU and on GPUs; autocast, a backward pass
+            within it, changes no dtype in there.
+        fake: gives empty tensors like its result.
         save: keeps what its gradient needs, see `torch.library.register_autograd`.
         backward: its gradient.
     """
 
-    def uncast(x: Tensor, *rest: object) -> Tensor:
+    def uncast(x: Tensor, *rest: object) -> Any:
         with torch.autocast(x.device.type, enabled=False):
-            result: Tensor = run(x, *rest)
-            return result
+            return run(x, *rest)
 
     calls.define(schema, uncast, fake, uncast)
     name = schema.split("(")[0]

@@ -192,6 +192,9 @@ def _forward_backward(ctx: Any, grad: Tensor) -> Any:
         else None,
         x,
         partial(_room, grad, x, values, *index, walk=ctx.walk),
+        partial(_pixels_grads, grad, x, values, *index)
+        if is_whole(values) and _window(ctx.walk).of_pixels
+        else None,
     )
     to_bias = grad.sum((0, 2, 3)) if of_bias else None
     return to_x, to_values, to_bias, *(None for _ in rest)
@@ -244,6 +247,15 @@ def _values_grad(
     """The gradient of values: at the blocks, or whole as they are."""
     kind = _ops().block_conv2d_masked_grad if is_whole(values) else _ops().block_conv2d_weight_grad
     return kind(grad, x, *index, block_of(values), *walk)
+
+
+def _pixels_grads(
+    grad: Tensor, x: Tensor, values: Tensor, *index: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Both gradients where a convolution is a linear layer of pixels."""
+    given = grad.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1)
+    of_values, of_x = _ops().block_linear_both_grads(*given, values, *index)
+    return of_values, of_x.permute(0, 3, 1, 2)
 
 
 def _room(

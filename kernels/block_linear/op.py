@@ -5,6 +5,7 @@ held whole (`kernels.block_index.whole_of`): then the products are dense, and th
 values is masked.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -57,30 +58,30 @@ def _input_grad(
 def _weight_grad(
     grad: Tensor, x: Tensor, lists: Tensor, groups: Tensor, height: int, width: int
 ) -> Tensor:
-    return _on(x).weight_grad(*_pair("weight_grad", grad, x, lists, groups, height, width))
+    return _on(x).weight_grad(*_pair("weight_grad", grad, x, lists, groups, (height, width)))
 
 
 def _masked_grad(
     grad: Tensor, x: Tensor, lists: Tensor, groups: Tensor, height: int, width: int
 ) -> Tensor:
-    return _on(x).masked_grad(*_pair("masked_grad", grad, x, lists, groups, height, width))
+    return _on(x).masked_grad(*_pair("masked_grad", grad, x, lists, groups, (height, width)))
 
 
 def _both_grads(
     grad: Tensor, x: Tensor, values: Tensor, lists: Tensor, groups: Tensor
 ) -> tuple[Tensor, Tensor]:
-    given = _pair("both_grads", grad, x, lists, groups, *block_of(values))
+    given = _pair("both_grads", grad, x, lists, groups, block_of(values))
     block_op.check("block_linear_both_grads", "values", values, x, whole_shape(given[2]))
     of_values, of_x = _on(x).both_grads(*given[:2], values, given[2])
     return of_values, of_x.view(x.shape)
 
 
 def _pair(
-    kind: str, grad: Tensor, x: Tensor, lists: Tensor, groups: Tensor, height: int, width: int
+    kind: str, grad: Tensor, x: Tensor, lists: Tensor, groups: Tensor, block: Sequence[int]
 ) -> tuple[Tensor, Tensor, BlockIndex]:
     """The tokens of the output's gradient and of x, and the index."""
     name, sizes = f"block_linear_{kind}", (_features(grad), _features(x))
-    index = block_op.index(name, x, lists, groups, sizes, (height, width))
+    index = block_op.index(name, x, lists, groups, sizes, block)
     block_op.check(name, "grad", grad, x, (*x.shape[:-1], sizes[0]))
     return grad.reshape(-1, sizes[0]), x.reshape(-1, sizes[1]), index
 
@@ -204,16 +205,16 @@ def _both_grads_backward(ctx: Any, of_values: Tensor, of_x: Tensor) -> Any:
     name, (lists, groups) = "block_linear_both_grads", index
     kept = block_op.index(name, x, lists, groups, sizes, block_of(values))
     blocks = gather(of_values.reshape(sizes), kept)
-    to_grad, to_x, to_values, *_ = ctx.needs_input_grad
-    forward = _ops().block_linear
-    return (
-        forward(x, blocks, None, *index, sizes[0]) + forward(of_x, values, None, *index, sizes[0])
-        if to_grad
-        else None,
-        _ops().block_linear_input_grad(grad, blocks, *index, sizes[1]) if to_x else None,
-        _values_grad(values, grad, of_x, *index) if to_values else None,
-        *(None, None),
-    )
+    of_grad, given_x, given_values, *_ = ctx.needs_input_grad
+    to_grad = to_x = to_values = None
+    if of_grad:
+        to_grad = _ops().block_linear(x, blocks, None, *index, sizes[0])
+        to_grad = to_grad + _ops().block_linear(of_x, values, None, *index, sizes[0])
+    if given_x:
+        to_x = _ops().block_linear_input_grad(grad, blocks, *index, sizes[1])
+    if given_values:
+        to_values = _values_grad(values, grad, of_x, *index)
+    return to_grad, to_x, to_values, None, None
 
 
 def _values_grad(values: Tensor, grad: Tensor, x: Tensor, *index: Tensor) -> Any:

@@ -191,17 +191,16 @@ def _dense_weight_grad(grad: Tensor, x: Tensor, index: BlockIndex, window: Windo
     """PyTorch's gradient of the weight, its sums in one order.
 
     cuDNN's benchmark takes what is fastest alone: of the least images it fills a GPU, and leaves
-    nothing to the gradient beside it.
+    nothing to the gradient beside it. (PyTorch keeps what a thread's first call of sizes found.)
     """
     weight = empty(grad, (index.out_features, index.channels, *window.kernel))
     how = (None, *map(list, window.pairs), False, [0, 0], 1, [False, True, False])
-    with _SWITCH:  # convolutions of other threads see it too
+    least = _flop(index, prod(grad.shape) // grad.shape[1]) < _LEAST
+    with _SWITCH:  # convolutions of other threads see them too
         before = torch._C._get_cudnn_deterministic(), torch._C._get_cudnn_benchmark()
-        torch._C._set_cudnn_deterministic(True)
-        torch._C._set_cudnn_benchmark(
-            before[1] and _flop(index, prod(grad.shape) // grad.shape[1]) >= _LEAST
-        )
         try:
+            torch._C._set_cudnn_deterministic(True)
+            torch._C._set_cudnn_benchmark(before[1] and not least)
             found: Tensor = torch.ops.aten.convolution_backward(grad, x, weight, *how)[1]
         finally:
             torch._C._set_cudnn_deterministic(before[0])

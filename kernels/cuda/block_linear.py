@@ -24,9 +24,9 @@ _SMALL = 2**23  # weights
 # than behind it; of a whole gradient by one kernel, which holds what it has of a GPU to its end,
 # of up to so many tokens, or thread blocks (half of an H200).
 _ROOM, _ROOM_FUSED, _SOON, _HALF = 133, 3.67, 256, 66
-# Of the time of one after the other, up to which one launch of both gradients pays: else; where
-# they have room beside each other, of up to so many weights more of it; of so many multiply-adds
-# that the clock falls; of so few tokens that writing the weight's binds.
+# Of the time of one after the other, up to which one launch of both gradients pays; less where
+# they have room beside each other, and of up to so many weights, which leave more of it; of so
+# many multiply-adds that the clock falls; of so few tokens that writing the weight's binds.
 _JOINED, _JOINED_ROOM, _JOINED_LITTLE, _LITTLE = 1.2, 0.97, 0.85, 2**18
 _JOINED_MANY, _JOINED_FEW, _FEW = 0.9, 0.75, 64
 # Microseconds of zeros behind a gradient that the gradient of the input hides, beside it: of a

@@ -1,6 +1,6 @@
 // The gradient of a weight of which blocks are kept, held whole, on compute capability 9.0:
 // y[r, c] = sum_t g[t, r] x[t, c] where the block of (r, c) is kept, else 0. A product of dense with its zeros. Where INPUT is
-// not 0 also the gradient of x: z[t, c] = sum_r g[t, r] w[r, c].
+// not 0, also the gradient of x: z[t, c] = sum_r g[t, r] w[r, c].
 //
 // A thread block takes one tile of HEIGHT rows and WEIGHT columns of every so many. Its ninth warp asks the copy engine for 64
 // tokens of g and of x at a time, STAGES steps ahead, also of the next tile while one is written; three more look up which
@@ -13,8 +13,8 @@
 //
 // Operands lie as they are stored, 64 numbers of a token or of a row of w to a line; wgmma transposes both (of z the second).
 //
-// Given: HEIGHT (128 or 64), WEIGHT (256, 192, 128 or 64), INPUT (the same or 0), STAGES, BH and BW (rows and columns of a
-// block, multiples of 16), BF16.
+// Given: HEIGHT (128 or 64), WEIGHT (256, 192, 128 or 64), INPUT (one of these or 0), STAGES, BH and BW (rows and columns of
+// a block, multiples of 16), BF16.
 
 #define W_LINE 128
 #define K_BYTES 0
@@ -27,7 +27,7 @@ constexpr int RING = 4, SPARE = 3, UNIT = 16;        // tiles that are looked up
 // of a tile a group meets every second stage, each in all of its phases; between tiles groups wait for each other
 static_assert(!TURNS || STAGES % 2 == 0, "else a group would miss phases of a stage");
 static_assert(!TURNS || SPAN / 2 * 512 <= 2 * Y_BYTES, "a group's sums come behind those that are written");
-static_assert(!TURNS || !INPUT, "both products take tiles of as many rows");
+static_assert(!TURNS || !INPUT, "two products are not made by steps in turn");
 constexpr u32 ONES = (1u << BW / UNIT) - 1;          // a bit for 16 columns
 constexpr int KEPT = EMPTY + 8 * STAGES, KEPT_FULL = KEPT + 4 * WARPS * RING, KEPT_EMPTY = KEPT_FULL + 8 * RING;
 constexpr int NEAR = 16;                             // rows of tiles, all columns of which come before others
@@ -213,7 +213,7 @@ DEVICE void write(const Sums<N>& sums, int piece, const Map& ys, u32 staged, int
 
 template <bool OF_X, int N>
 DEVICE void multiply_tiles(const Tiles<N>& tiles, Ring<STAGES>& ring, u32 base, const Map& to) {
-  constexpr int PIECES = N / PIECE;
+  constexpr int COUNT = N / PIECE;
   const int warp = threadIdx.x / 32, part = warp / 4, own = TURNS ? part : 0;  // own: the first step
   const int row = TURNS ? 0 : part * 64, steps = tiles.steps;
   const u32 staged = base + STAGES * STAGE + (TURNS ? 0 : part * 2 * Y_BYTES);
@@ -238,11 +238,11 @@ DEVICE void multiply_tiles(const Tiles<N>& tiles, Ring<STAGES>& ring, u32 base, 
       ring.advance();
     };
 #pragma unroll
-    for (int piece = 0; piece < PIECES; ++piece) {
+    for (int piece = 0; piece < COUNT; ++piece) {
       if (piece < steps) multiply(piece);
       if (sums.row >= 0) write(sums, piece, to, staged, part);
     }
-    for (int step = PIECES; step < steps; ++step) multiply(step);
+    for (int step = COUNT; step < steps; ++step) multiply(step);
     u32 kept = ~0u;
     if (!OF_X) {
       wait(base + KEPT_FULL + 8 * looked.at, looked.phase);
@@ -259,7 +259,7 @@ DEVICE void multiply_tiles(const Tiles<N>& tiles, Ring<STAGES>& ring, u32 base, 
   }
   if (sums.row >= 0) {
 #pragma unroll
-    for (int piece = 0; piece < PIECES; ++piece) write(sums, piece, to, staged, part);
+    for (int piece = 0; piece < COUNT; ++piece) write(sums, piece, to, staged, part);
   }
   if (threadIdx.x % 128 == 0) wait_until_read<0>();
 }

@@ -1,6 +1,6 @@
 """How whole_grad.cu shares its work out, and how long that takes on an H200, by rules of thumb."""
 
-from collections.abc import Iterator
+from bisect import bisect_left
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ TILES = {
 }
 _WRITTEN = 5e6
 # Of both gradients of a layer, tiles of 128 rows or tokens and so many columns: of a launch, of 64
-# tokens of a weight's, of 64 rows of x's, of a tile beside them; fitted to 84 sizes. Of more than
+# tokens of a weight's, of 64 rows of x's, of a tile beside them; fitted to 82 sizes. Of more than
 # 128 columns both are as wide, else there are too few registers. Bytes of both that are written in
 # one, and of the output's gradient, which both read.
 BOTH = {
@@ -93,33 +93,39 @@ def fastest_both(rows: int, columns: int, tokens: int, most: int) -> Plan:
         )
         blocks, last = min(most, sum(counts)), times[0] >= times[1]
         first, second = (0, 1) if last else (1, 0)  # those that take longer first
-        took, each = min(_ends(counts[first], times[first], counts[second], times[second], blocks))
+        took, each = _ends(counts[first], times[first], counts[second], times[second], blocks)
         time = max(launch, launch_x) + together(took, moved)
         plans.append(Plan(time, _TALL, weight, given, blocks, -each if last else each))
     return min(plans)
 
 
-def _ends(
-    count: int, time: float, others: int, other: float, blocks: int
-) -> Iterator[tuple[float, int]]:
-    """When the last of some thread blocks ends, by tiles of the second product that most take.
+def _ends(count: int, time: float, others: int, other: float, blocks: int) -> tuple[float, int]:
+    """When the last of some thread blocks ends at the soonest.
 
     Args:
         count: of tiles of the first product, of which each takes one of every so many.
         time: of one of them.
-        others: tiles of the second product.
+        others: tiles of the second product, one at least.
         other: the time of one of them.
         blocks: thread blocks; those that have one of the first product's tiles more than others
             take what the others leave.
+
+    Returns:
+        When, and tiles of the second product that those others take.
     """
     rounds, longer = divmod(count, blocks)
-    for each in range(1, _tiles(others, blocks - longer) + 1):
-        left = max(0, others - each * (blocks - longer))
-        if longer:
-            last = (rounds + 1) * time + _tiles(left, longer) * other
-            yield max(rounds * time + each * other, last), each
-        elif not left:
-            yield rounds * time + each * other, each
+    shorter = blocks - longer
+    most = _tiles(others, shorter)
+    if not longer:
+        return rounds * time + most * other, most
+
+    def ends(each: int) -> tuple[float, float]:
+        left = _tiles(max(0, others - each * shorter), longer)
+        return rounds * time + each * other, (rounds + 1) * time + left * other
+
+    # with more of them these end later, and the others sooner
+    met = 1 + bisect_left(range(1, most), True, key=lambda each: ends(each)[0] >= ends(each)[1])
+    return min((max(ends(each)), each) for each in (max(1, met - 1), met))
 
 
 def _tiles(size: int, tile: int) -> int:

@@ -11,15 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kernels
-from kernels.block_index import (
-    BlockIndex,
-    block_index,
-    block_mask,
-    gather,
-    masked,
-    scatter,
-    whole_of,
-)
+from kernels.block_index import BlockIndex, block_index, block_mask, gather, scatter, whole_of
 from tests.kernels import draws
 
 ops = torch.ops.sparse_nas
@@ -114,23 +106,6 @@ def test_gradients_are_those_of_differences_twice(
 
     assert torch.autograd.gradcheck(gradient, (grad, x), fast_mode=True)
     assert torch.autograd.gradgradcheck(gradient, (grad, x), fast_mode=True)
-    if held:
-        whole = whole_of(values.detach(), index).requires_grad_()
-
-        def both(grad: Tensor, x: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-            given: tuple[Tensor, Tensor] = ops.block_linear_both_grads(
-                grad, x, masked(values, index), index.lists, index.groups
-            )
-            return given
-
-        found = both(grad, x, whole)
-        assert torch.equal(found[0], gradient(grad, x))
-        lists = index.lists, index.groups
-        assert torch.equal(
-            found[1], ops.block_linear_input_grad(grad, whole, *lists, weight.shape[1])
-        )
-        assert torch.autograd.gradcheck(both, (grad, x, whole), fast_mode=True)
-        assert torch.autograd.gradgradcheck(both, (grad, x, whole), fast_mode=True)
 
 
 @settings(max_examples=40, deadline=None)
@@ -236,7 +211,6 @@ def test_torch_s_own_checks_pass() -> None:
     torch.library.opcheck(ops.block_linear.default, (x, values, net.bias, *index, 24))
     torch.library.opcheck(ops.block_linear_input_grad.default, (grad, values, *index, 10))
     torch.library.opcheck(ops.block_linear_masked_grad.default, (grad, x, *index, 4, 2))
-    torch.library.opcheck(ops.block_linear_both_grads.default, (grad, x, values, *index))
 
 
 def test_inputs_may_lie_anyhow() -> None:

@@ -7,21 +7,29 @@ import torch
 from torch import Tensor, nn
 
 from kernels import block_op
-from kernels.cuda import block_linear
+from kernels.block_index import BlockIndex
+from kernels.cuda import block_linear, whole_grad
 
 
-def check(net: nn.Module, x: Tensor, room: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def check(
+    net: nn.Module, x: Tensor, room: bool, joins: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of two layers that are this one, bit-equal for ten inputs and weights.
 
     Args:
         net: a layer of blocks with `values`, of as many features out as in.
         x: an input that takes a gradient.
         room: whether the gradients of a layer come beside each other.
+        joins: whether they come by one launch, where there is such a kernel.
         monkeypatch: pytest's.
     """
     given, beside, met = [x, *net.parameters()], block_op._beside, list[torch.device]()
     monkeypatch.setattr(block_linear, "room", lambda *_: room)
-    monkeypatch.setattr(block_linear, "joins", lambda *_: not room)
+
+    def joined(index: BlockIndex, dtype: torch.dtype, _: int) -> bool:
+        return joins and whole_grad.takes(index, dtype)
+
+    monkeypatch.setattr(block_linear, "joins", joined)
 
     def noted(device: torch.device) -> torch.cuda.Stream:
         met.append(device)

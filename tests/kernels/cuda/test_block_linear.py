@@ -1,5 +1,6 @@
 """On a GPU: `pytest -m gpu`."""
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -199,11 +200,15 @@ def test_inputs_may_lie_anyhow() -> None:
     check(x[:, 1:97], values, None, index)
     check(torch.randn(96 * 9 + 1, device="cuda").half()[1:].view(9, 96), values, None, index)
     check(torch.randn(7, 3, 96, device="cuda").half().transpose(0, 1), values, None, index)
-    net = kernels.BlockLinear(index, values)
-    net(x[:, :96]).sum().backward()  # its gradient is one number, expanded
-    assert net.values.grad is not None
     true = x[:, :96].double().sum(0).expand(128, -1)
-    assert near(net.values.grad, gather(true, index), 1e-3)
+    for held in (values, whole_of(values, index)):
+        net, given = kernels.BlockLinear(index, held), x.clone().requires_grad_()
+        net(given[:, :96]).sum().backward()  # its gradient is one number, expanded
+        assert net.values.grad is not None and given.grad is not None
+        found = gather(scatter(net.values.grad, index), index)
+        assert near(found, gather(true, index), 1e-3)
+        wanted = scatter(values.double(), index).sum(0).expand(5, -1)
+        assert near(given.grad[:, :96], wanted, 1e-3) and not given.grad[:, 96:].any()
 
 
 def test_tf32_where_pytorch_takes_it() -> None:
@@ -245,18 +250,20 @@ def test_autocast(dtype: torch.dtype, way: str, monkeypatch: pytest.MonkeyPatch)
         assert near(mine, its.double(), 2 * BOUND[dtype])
 
 
-@pytest.mark.parametrize("way", ["blocks", "dense", "whole"])
-@pytest.mark.parametrize("room", [False, True])
+@pytest.mark.parametrize(
+    ("way", "room"),
+    [*itertools.product(("blocks", "dense", "whole"), (False, True)), ("joined", False)],
+)
 def test_a_captured_step_is_the_step(
     room: bool, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if way == "dense":
         take_dense(monkeypatch)
     values, index = drawn((8, 8), (64, 64), 0.3, torch.bfloat16)
-    values = whole_of(values, index) if way == "whole" else values
+    values = whole_of(values, index) if way in ("whole", "joined") else values
     net = kernels.BlockLinear(index, values, torch.randn(512, device="cuda").bfloat16())
     x = torch.randn(500, 512, device="cuda").bfloat16().requires_grad_()
-    captured.check(net, x, room, monkeypatch)
+    captured.check(net, x, room, way == "joined", monkeypatch)
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])

@@ -79,7 +79,11 @@ def test_sources_compile(target: str, narrow: int) -> None:
         ("whole_grad.cu", {"HEIGHT": 128, "WEIGHT": 192, "INPUT": 0, "STAGES": 4}),
         ("whole_grad.cu", {"HEIGHT": 64, "WEIGHT": 64, "INPUT": 0, "STAGES": 12}),
         *(
-            ("whole_grad.cu", {"HEIGHT": 128, "WEIGHT": w, "INPUT": i, "STAGES": 4})
+            (
+                "whole_grad.cu",
+                {"HEIGHT": 128, "WEIGHT": w, "INPUT": i}
+                | {"STAGES": whole_grad.stages_of(128, max(w, i))},
+            )
             for w, i in whole_plan.PAIRS
         ),
     ],

@@ -63,7 +63,7 @@ def check(index: BlockIndex, tokens: int, dtype: torch.dtype) -> None:
 
 
 def check_both(index: BlockIndex, tokens: int, dtype: torch.dtype) -> None:
-    """As `check`; the gradient of the weight is that of the kernel alone but for its tiles."""
+    """As `check`."""
     grad, x = given(index, tokens, dtype)
     weight = torch.randn(index.out_features, index.in_features, device="cuda").to(dtype)
     true = (
@@ -152,10 +152,16 @@ def test_blocks_may_lie_anyhow() -> None:
 def test_zeros_are_zeros_whatever_is_multiplied() -> None:
     index = drawn(512, 768, (32, 32), 0.5)
     grad, x = given(index, 100, torch.bfloat16)
+    weight = torch.randn(512, 768, device="cuda").bfloat16()
     grad[3], x[5] = float("inf"), float("nan")
-    found = whole_grad.weight_grad(index, grad, x)
+    alone, (beside, of_x) = (
+        whole_grad.weight_grad(index, grad, x),
+        whole_grad.both_grads(index, grad, x, weight),
+    )
     kept = scatter(torch.ones(len(index.columns), 32, 32, device="cuda"), index) > 0
-    assert found[kept].isnan().all() and (found[~kept] == 0).all()
+    for found in (alone, beside):
+        assert found[kept].isnan().all() and (found[~kept] == 0).all()
+    assert not of_x[3].isfinite().any() and of_x[4:].isfinite().all()
 
 
 @pytest.mark.gpu
@@ -191,22 +197,59 @@ def test_it_waits_for_what_it_reads_and_is_replayed(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.gpu
 @on_hopper
+def test_both_wait_for_what_they_read_and_are_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_linear, "joins", lambda *_: True)
+    index = drawn(1024, 1024, (16, 16), 0.5)
+    grad, x = given(index, 700, torch.bfloat16)
+    values = torch.randn(1024, 1024, device="cuda").bfloat16().view(whole_shape(index))
+
+    def call(grad: Tensor, x: Tensor) -> list[Tensor]:
+        found = [grad, x]
+        for _ in range(3):  # each reads what the one before it wrote
+            lists = index.lists, index.groups
+            of_values, of_x = ops.block_linear_both_grads(*found[-2:], values, *lists)
+            found += [of_x * 0.03, of_values.view(1024, 1024)[:700] * 0.03]
+        return found
+
+    call(grad, x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        held = call(grad, x)
+    for _ in range(3):
+        grad.normal_()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(mine, its) for mine, its in zip(held, call(grad, x), strict=True))
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("rule", ["fuses", "joins"])
 def test_a_graph_may_be_captured_of_sizes_that_it_has_not_met(
-    monkeypatch: pytest.MonkeyPatch,
+    rule: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(block_linear, "fuses", lambda *_: True)
+    for name in ("fuses", "joins"):
+        monkeypatch.setattr(block_linear, name, lambda *_, name=name: name == rule)
     monkeypatch.setattr(whole_grad, "_loaded", set())
     index = drawn(1024, 1024, (64, 64), 0.5)
     grad, x = given(index, 300, torch.bfloat16)
-    lists = (index.lists, index.groups, 64, 64)
+    values = torch.randn(1024, 1024, device="cuda").bfloat16().view(whole_shape(index))
+
+    def call() -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = ops.block_linear_both_grads(
+            grad, x, values, index.lists, index.groups
+        )
+        return found
+
     with monkeypatch.context() as other:  # what it falls back to is loaded
-        other.setattr(block_linear, "fuses", lambda *_: False)
-        wanted = ops.block_linear_masked_grad(grad, x, *lists)
+        other.setattr(block_linear, rule, lambda *_: False)
+        wanted = call()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = ops.block_linear_masked_grad(grad, x, *lists)
+        found = call()
     graph.replay()
-    assert torch.equal(found, wanted) and not whole_grad._loaded
+    assert all(torch.equal(mine, its) for mine, its in zip(found, wanted, strict=True))
+    assert not whole_grad._loaded
 
 
 def index_of(rows: int, columns: int) -> BlockIndex:
@@ -271,19 +314,20 @@ def test_pairs_of_tiles_are_as_large_as_was_fastest(
 def test_every_tile_is_taken_once_and_ends_as_planned(
     count: int, others: int, blocks: int, time: float, other: float
 ) -> None:
-    """By thread blocks as whole_grad.cu says which tiles one takes."""
+    """By thread blocks as whole_grad.cu says which tiles one takes; no other plan ends sooner."""
     blocks = min(blocks, count + others)
-    plans = list(whole_plan._ends(count, time, others, other, blocks))
-    most = count % blocks
-    for ends, each in plans:
+    most, found = count % blocks, list[tuple[float, int]]()
+    for each in range(1, others + 1):
         given, taken, last = min(others, (blocks - most) * each), list[int](), 0.0
         for block in range(blocks):
             seconds = range(block - most, given, blocks - most)
             if block < most:
                 seconds = range(given + block, others, most)
-            firsts = len(range(block, count, blocks))
             taken += seconds
-            last = max(last, firsts * time + len(seconds) * other)
-        assert sorted(taken) == list(range(others))
-        assert last <= ends + 1e-9
-    assert min(plans)[0] <= -(-count // blocks) * time + -(-others // blocks) * other + 1e-9
+            last = max(last, len(range(block, count, blocks)) * time + len(seconds) * other)
+        if most or given == others:
+            assert sorted(taken) == list(range(others))
+            found.append((last, each))
+    ends, each = whole_plan._ends(count, time, others, other, blocks)
+    assert ends == pytest.approx(min(found)[0])
+    assert dict((each, last) for last, each in found)[each] == pytest.approx(ends)

@@ -18,7 +18,7 @@ from nas.provenance import provenance
 from nas.results import write_results
 from nas.run import VERSION, Record, Run
 from nas.space import Space
-from nas.store import State, Store, check_order
+from nas.store import Store, check_order
 from nas.trial import Objective, Problem, Result, Strategy, Trial
 
 log = logging.getLogger("nas")
@@ -274,8 +274,8 @@ class _Loop:
         return replace(result, same_as=first, seconds=0.0)
 
     def _submit(self, trial: Trial) -> None:
-        parent = trial.parent
-        start = None if parent is None else State.load(self.run.store.checkpoint(parent))
+        parent = None if trial.parent is None else self.run.records[trial.parent]
+        start = None if parent is None else self.run.state(parent)
         self.out[trial.number] = trial
         self.executor.submit(trial, start)
 

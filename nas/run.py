@@ -52,9 +52,8 @@ class Point:
 
     def module(self) -> nn.Module:
         """The trained network, masked, in eval mode."""
-        run, source = self.run, self.record.result.same_as
-        place = run.store.checkpoint(self.number if source is None else source)
-        return run.evaluate.rebuild(run.problem.space, self.picks, State.load(place))
+        run = self.run
+        return run.evaluate.rebuild(run.problem.space, self.picks, run.state(self.record))
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON for `pareto.json` and `best/architecture.json`."""
@@ -116,6 +115,11 @@ class Run:
         losses = [self.problem.losses(r.result) for r in records]
         best = front.pareto(losses, [r.result.violations for r in records])
         return [Point(self, records[i]) for i in best]
+
+    def state(self, record: Record) -> State:
+        """What a trial trained, or the equal one before it whose result it took."""
+        number, source = record.trial.number, record.result.same_as
+        return State.load(self.store.checkpoint(number if source is None else source))
 
     def best(self, objective: str | None = None, **limits: float) -> Point:
         """The point of the front that is best in one objective within limits.

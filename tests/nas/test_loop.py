@@ -95,6 +95,24 @@ def test_a_larger_budget_is_no_duplicate(tmp_path: Path) -> None:
     assert [r.result.same_as for r in run.records.values()] == [None, None]
 
 
+def test_a_trial_that_took_another_s_result_goes_on_from_its_weights(tmp_path: Path) -> None:
+    @dataclass
+    class Continued(Listed):
+        continues = True
+
+        def ask(self) -> Trial | None:
+            again = [(2, None), (2, None), (4, 1)]  # budgets and parents
+            if self.asked == len(again):
+                return None
+            budget, parent = again[self.asked]
+            return self.trial(A, budget=budget, parent=parent)
+
+    run = small_search(tmp_path, strategy=Continued())
+    assert [r.result.same_as for r in run.records.values()] == [None, 0, None]
+    steps = [e["step"] for e in log(tmp_path) if e["event"] == "report" and e["trial"] == 2]
+    assert steps == [3, 4]
+
+
 # What is told
 
 

@@ -70,7 +70,7 @@ def fastest(rows: int, columns: int, tokens: int, most: int) -> Plan:
     for (height, width), (launch, step, beside) in TILES.items():
         count = _tiles(rows, height) * _tiles(columns, width)
         each = together(step * _tiles(tokens, STEP), beside)
-        time = launch + together(-(-count // most) * each, written)
+        time = launch + together(_tiles(count, most) * each, written)
         plans.append(Plan(time, height, width, 0, min(most, count), 0))
     return min(plans)
 

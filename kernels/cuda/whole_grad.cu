@@ -13,8 +13,7 @@
 //
 // Operands lie as they are stored, 64 numbers of a token or of a row of w to a line; wgmma transposes both (of z the second).
 //
-// Given: HEIGHT (128 or 64), WEIGHT (256, 192, 128 or 64), INPUT (one of these or 0), STAGES, BH and BW (rows and columns of
-// a block, multiples of 16), BF16.
+// Given: HEIGHT (128 or 64), WEIGHT (256, 192, 128 or 64), INPUT (one of these or 0), STAGES, BF16.
 
 #define W_LINE 128
 #define K_BYTES 0
@@ -28,7 +27,6 @@ constexpr int RING = 4, SPARE = 3, UNIT = 16;        // tiles that are looked up
 static_assert(!TURNS || STAGES % 2 == 0, "else a group would miss phases of a stage");
 static_assert(!TURNS || SPAN / 2 * 512 <= 2 * Y_BYTES, "a group's sums come behind those that are written");
 static_assert(!TURNS || !INPUT, "two products are not made by steps in turn");
-constexpr u32 ONES = (1u << BW / UNIT) - 1;          // a bit for 16 columns
 constexpr int KEPT = EMPTY + 8 * STAGES, KEPT_FULL = KEPT + 4 * WARPS * RING, KEPT_EMPTY = KEPT_FULL + 8 * RING;
 constexpr int NEAR = 16;                             // rows of tiles, all columns of which come before others
 
@@ -127,14 +125,15 @@ DEVICE void bring(const Tiles<N>& tiles, Ring<STAGES>& ring, u32 base, const Map
 // of a row's columns every so many is looked at, by 32 lanes
 DEVICE int apart(int begins, int ends) { return (ends - begins + 31) / 32; }
 
-// which blocks of tiles are kept: a bit for 16 columns, a word for 16 rows
+// which blocks of tiles are kept: a bit for 16 columns, a word for 16 rows; a block has 16 << high rows and 16 << wide columns
 template <int N>
-DEVICE void look_up(const Tiles<N>& tiles, u32 base, const int* starts, const int* columns, int rows) {
+DEVICE void look_up(const Tiles<N>& tiles, u32 base, const int* starts, const int* columns, int rows, int high, int wide) {
+  const u32 ones = (1u << (1 << wide)) - 1;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   Ring<RING> ring;
   for (int tile = tiles.first; tile < tiles.end; tile += tiles.every, ring.advance()) {
     const Tile at = placed(tiles, tile);
-    const int first = at.column / BW, end = (at.column + N - 1) / BW + 1;  // blocks
+    const int left = at.column / UNIT, first = left >> wide, end = (left + N / UNIT - 1 >> wide) + 1;  // 16 columns, blocks
     int from[SPARE], ends[SPARE];  // of the columns of a row of blocks
     u32 kept[SPARE];
     // columns ascend: a look at 32 of them says from which on
@@ -142,7 +141,8 @@ DEVICE void look_up(const Tiles<N>& tiles, u32 base, const int* starts, const in
     for (int k = 0; k < SPARE; ++k) {
       const int part = warp - WARPS - 1 + k * SPARE, row = at.row + part * UNIT;
       const bool there = part < ROWS / UNIT && row < rows;
-      from[k] = there ? starts[row / BH] : 0, ends[k] = there ? starts[row / BH + 1] : 0;
+      const int* bounds = starts + (row / UNIT >> high);
+      from[k] = there ? bounds[0] : 0, ends[k] = there ? bounds[1] : 0;
     }
 #pragma unroll
     for (int k = 0; k < SPARE; ++k)
@@ -159,8 +159,8 @@ DEVICE void look_up(const Tiles<N>& tiles, u32 base, const int* starts, const in
       for (int k = 0; k < SPARE; ++k) column[k] = from[k] + lane < ends[k] ? columns[from[k] + lane] : end;
 #pragma unroll
       for (int k = 0; k < SPARE; ++k) {
-        const int side = column[k] * (BW / UNIT) - at.column / UNIT;  // it may begin before the tile
-        if (column[k] >= first && column[k] < end) kept[k] |= side < 0 ? ONES >> -side : ONES << side;
+        const int side = (column[k] << wide) - left;  // it may begin before the tile
+        if (column[k] >= first && column[k] < end) kept[k] |= side < 0 ? ones >> -side : ones << side;
         more |= __all_sync(0xffffffffu, column[k] < end), from[k] += 32;
       }
     }
@@ -273,7 +273,7 @@ DEVICE void multiply_tiles(const Tiles<N>& tiles, Ring<STAGES>& ring, u32 base, 
 // each: of tiles of the product that comes second, see come_second; below 0: that is the gradient of x
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 whole_grad(const __grid_constant__ Map gs, const __grid_constant__ Map xs, const __grid_constant__ Map ys, MAPS
-           const int* starts, const int* columns, int rows, int channels, int tokens, int each) {
+           const int* starts, const int* columns, int rows, int channels, int tokens, int high, int wide, int each) {
   extern __shared__ uint4 memory[];
   const u32 base = ((u32)__cvta_generic_to_shared(memory) + 1023) & ~1023u;
   const int warp = threadIdx.x / 32;
@@ -291,7 +291,7 @@ whole_grad(const __grid_constant__ Map gs, const __grid_constant__ Map xs, const
   if (warp >= WARPS) {
     take_few_registers();
     wait_for_input();
-    if (warp > WARPS) return look_up(of_weight, base, starts, columns, rows);
+    if (warp > WARPS) return look_up(of_weight, base, starts, columns, rows, high, wide);
     if (threadIdx.x % 32 > 0) return;
 #if INPUT
     if (!last) bring<true>(of_x, ring, base, gs, ws);

@@ -16,6 +16,7 @@ from kernels.cuda.hopper import LINE, STEP, THREADS
 from kernels.cuda.whole_plan import Plan, fastest, fastest_both
 
 _STORED = 64  # rows and columns that a group of warps writes at once
+_UNIT = 16  # the least side of a block
 _WARPS, _RING = 8, 4  # that multiply; tiles whose kept blocks are looked up ahead
 _ROOM = 196_608  # bytes of tiles that are under way or in use
 _loaded: set[tuple[object, ...]] = set()
@@ -42,12 +43,12 @@ def both_microseconds(index: BlockIndex, tokens: int) -> float:
 
 def ready(index: BlockIndex, x: Tensor) -> bool:
     """Whether it may be called now: while a graph is captured nothing can be loaded."""
-    return _may_launch(index, x, plan(index, len(x)))
+    return _may_launch(x, plan(index, len(x)))
 
 
 def both_ready(index: BlockIndex, x: Tensor) -> bool:
     """As `ready`, of both gradients."""
-    return _may_launch(index, x, plan_both(index, len(x)))
+    return _may_launch(x, plan_both(index, len(x)))
 
 
 def weight_grad(index: BlockIndex, grad: Tensor, x: Tensor) -> Tensor:
@@ -90,31 +91,30 @@ def _launch(
     index: BlockIndex, x: Tensor, how: Plan, matrices: Sequence[tuple[Tensor, int]]
 ) -> None:
     """Starts the kernel: matrices it reads or writes, and lines of each that it moves at once."""
-    defines = _defines(index, x, how)
+    defines = _defines(x, how)
     kernel = function("whole_grad.cu", "whole_grad", x.device.index, defines, dynamic=True)
     _loaded.add((x.device.index, defines))
     maps = tuple(tensor_map(part, lines, STEP) for part, lines in matrices)
     columns = max(how.weight, how.input)
     shared = stages_of(how.rows, columns) * ((how.rows + columns) * LINE + 16)
     shared += 4 * _STORED * LINE + _RING * (4 * _WARPS + 16) + 1024
-    numbers = (index.out_features, index.in_features, len(x), how.each)
+    high, wide = (side.bit_length() - _UNIT.bit_length() for side in index.block)
+    numbers = (index.out_features, index.in_features, len(x), high, wide, how.each)
     kernel.launch((how.blocks, 1), THREADS, (index.starts, index.columns), numbers, shared, maps)
 
 
-def _may_launch(index: BlockIndex, x: Tensor, how: Plan) -> bool:
+def _may_launch(x: Tensor, how: Plan) -> bool:
     if not torch.cuda.is_current_stream_capturing():
         return True
-    return (x.device.index, _defines(index, x, how)) in _loaded
+    return (x.device.index, _defines(x, how)) in _loaded
 
 
-def _defines(index: BlockIndex, x: Tensor, how: Plan) -> tuple[tuple[str, int], ...]:
+def _defines(x: Tensor, how: Plan) -> tuple[tuple[str, int], ...]:
     return (
         ("HEIGHT", how.rows),
         ("WEIGHT", how.weight),
         ("INPUT", how.input),
         ("STAGES", stages_of(how.rows, max(how.weight, how.input))),
-        ("BH", index.block[0]),
-        ("BW", index.block[1]),
         ("BF16", int(x.dtype is torch.bfloat16)),
     )
 

@@ -57,11 +57,9 @@ def test_sources_compile(target: str, narrow: int) -> None:
             compiles("hopper.cu", "sm_90a", BC=wide, STAGES=4, **kind)
             compiles("halves.cu", "sm_90a", STAGES=5, **kind)
         tiles = [(*tile, 0) for tile in whole_plan.TILES] + [(128, *p) for p in whole_plan.PAIRS]
-        for tile, block in itertools.product(tiles, ((16, 16), (64, 32), (32, 128))):
-            rows, weight, given = tile
+        for rows, weight, given in tiles:
             shape = {"HEIGHT": rows, "WEIGHT": weight, "INPUT": given}
             shape |= {"STAGES": whole_grad.stages_of(rows, max(weight, given))}
-            shape |= {"BH": block[0], "BW": block[1]}
             compiles("whole_grad.cu", "sm_90a", **shape, BF16=narrow)
     for high, wide, depth in itertools.product((1, 2, 4), (1, 2, 4), (2, 3)):
         shape = {"MT": high, "NT": wide, "WARPS": 16 if wide == 4 else 24, "BF16": narrow}
@@ -90,7 +88,7 @@ def test_sources_compile(target: str, narrow: int) -> None:
 )
 def test_products_of_wgmma_overlap(source: str, kind: dict[str, int], activation: int) -> None:
     """ptxas waits for each of them where it cannot see that the next one may begin."""
-    defines = kind | {"ACT": activation, "BF16": 1, "BH": 16, "BW": 16}
+    defines = kind | {"ACT": activation, "BF16": 1}
     if source != "whole_grad.cu":
         defines["BIAS"] = 1
     options = ["--gpu-architecture=sm_90a", "--std=c++17", "--ptxas-options=-v"]

@@ -63,6 +63,35 @@ class BlockLayer(nn.Module):
         """The weight (out, taps * in), zeros where no block is kept; differentiable."""
         return scatter(masked(self.values, self.index), self.index)  # so its gradient is, too
 
+    def tune(self, x: Tensor, anew: bool = False) -> dict[str, float]:
+        """Measures by which way steps of training on a GPU take the least time, and takes it.
+
+        A step is forward and backward, of x too, replayed in a CUDA graph; what was measured is
+        kept (`kernels.measured`). From then on steps with as many tokens, or pixels of the output,
+        go the fastest way, also of other layers of this size and share of blocks. `values` becomes
+        another parameter where the fastest way holds the weight otherwise (whole, or its blocks):
+        call it before an optimizer takes the parameters.
+
+        Args:
+            x: an input as of a step, finite; under `torch.autocast` where steps are.
+            anew: whether to measure what was measured before.
+
+        Returns:
+            Microseconds of a step by each way whose results are right, checked against float64.
+
+        Raises:
+            ValueError: the layer is not on a GPU, x does not fit it, is empty or not finite, or
+                what is multiplied is not float32, bfloat16 or float16.
+        """
+        if not self.values.is_cuda:
+            raise ValueError(f"tune: needs a layer on a GPU, got one on {self.values.device}")
+        from kernels.cuda import step_tuning  # not at the top: nobody without a GPU needs it
+
+        values, us = step_tuning.tune(self, x, anew)
+        if values.shape != self.values.shape:
+            self.values = nn.Parameter(values, self.values.requires_grad)
+        return us
+
     def _apply(self, fn: Any, recurse: bool = True) -> "BlockLayer":
         """Values lie in order, also in a model that was moved to torch.channels_last."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -152,7 +152,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--drawn", type=int, default=0, help="so many cases of any shape (cuda)")
     either.add_argument("--training", type=int, default=0, help="so many that train (cuda)")
-    parser.add_argument("--tuned", action="store_true", help="those drawn by kernels.tune")
+    parser.add_argument(
+        "--tuned", action="store_true", help="those drawn or that train, by measurement"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
     for name, count in (("--drawn", args.drawn), ("--training", args.training)):
@@ -160,8 +162,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"{name} must not be negative, got {count}")
         if count and args.device != "cuda":
             parser.error(f"{name} goes with --device cuda")
-    if args.tuned and not args.drawn:
-        parser.error("--tuned goes with --drawn")
+    if args.tuned and not args.drawn and not args.training:
+        parser.error("--tuned goes with --drawn or --training")
     return args
 
 

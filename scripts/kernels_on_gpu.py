@@ -212,7 +212,7 @@ def run(args: argparse.Namespace) -> int:
     named: Any = chain(cases(args.sparsity), training_on_gpu.cases(args.sparsity))
     chosen: Any = drawn(args.drawn, args.tuned) if args.drawn else named
     if args.training:
-        chosen = training_on_gpu.drawn(args.training, WIDTHS, SHARES)
+        chosen = training_on_gpu.drawn(args.training, WIDTHS, SHARES, args.tuned)
     print(on, HEAD, sep="\n", flush=True)
     with torch.no_grad():
         for case in chosen:

@@ -123,6 +123,7 @@ class Training:
     operation: str
     of: Linear | Conv2d
     sparsity: float
+    tuned: bool = False
 
     @property
     def pattern(self) -> str:
@@ -135,6 +136,8 @@ class Training:
     def work(self) -> Work:
         """Makes the layer, checks and says what is timed."""
         layer, (x, grad) = self.of.layer(self.sparsity), self.of.activations()
+        if self.tuned:
+            layer.tune(x)
         x.requires_grad_()
         ours, dense = self._steps(layer, x, grad)
         products = 1 if self.operation == WEIGHT else 3
@@ -198,10 +201,13 @@ def cases(sparsities: Sequence[float]) -> Iterator[Training]:
             yield from (Training(operation, of, sparsity) for operation in (WEIGHT, ALL))
 
 
-def drawn(count: int, widths: Sequence[int], shares: Sequence[float]) -> Iterator[Training]:
+def drawn(
+    count: int, widths: Sequence[int], shares: Sequence[float], tuned: bool
+) -> Iterator[Training]:
     """Layers that train, of any of these widths and shares of zeros, the same in every run.
 
-    Forward and backward: how a layer holds its weight is chosen for all of a step.
+    Forward and backward: how a layer holds its weight is chosen for all of a step; `tuned`: by
+    measurement (`BlockLayer.tune`), not by a rule of thumb.
     """
     draw, left = random.Random(0), count
     while left:
@@ -217,4 +223,4 @@ def drawn(count: int, widths: Sequence[int], shares: Sequence[float]) -> Iterato
             blocks = rows // block * (columns // block)
         if round((1 - share) * blocks):  # some block is kept
             left -= 1
-            yield Training(ALL, of, share)
+            yield Training(ALL, of, share, tuned)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels.block_conv2d import reference
 from kernels.block_index import BlockIndex, flat, is_whole, unflat, whole_shape
-from kernels.cuda import block_linear, linear, step_time
+from kernels.cuda import block_linear, linear, step_time, ways
 from kernels.cuda.conv2d import aligned, empty, images, pixels
 from kernels.cuda.rounding import narrowed, precision
 from kernels.cuda.step_time import INPUT, OUTPUT, PARTS, WEIGHT
@@ -122,7 +122,12 @@ def pays(
 
 
 def trains_dense(index: BlockIndex, dtype: torch.dtype, pixels: int, window: Window) -> bool:
-    """Whether a step of training takes less time where the weight is held whole."""
+    """Whether a step of training takes less time where the weight is held whole.
+
+    As measured, else by a rule of thumb.
+    """
+    if way := ways.fastest(ways.case_of(index, dtype, pixels, window)):
+        return way.whole
     if window.of_pixels or not block_linear.fits(index, dtype):
         return block_linear.trains_dense(index, dtype, pixels)
     each = (index, dtype, pixels)
@@ -131,6 +136,15 @@ def trains_dense(index: BlockIndex, dtype: torch.dtype, pixels: int, window: Win
     measured = window.dilation == ONE and _alike(dtype)
     small = _flop(index, pixels) < _LITTLE
     return measured and block_linear.whole_pays(index, dtype, times, dense, small)
+
+
+def room(index: BlockIndex, dtype: torch.dtype, pixels: int, whole: bool, window: Window) -> bool:
+    """See `block_linear.room`."""
+    if window.of_pixels:
+        return block_linear.room(index, dtype, pixels, whole)
+    if way := ways.fastest(ways.case_of(index, dtype, pixels, window), whole):
+        return way.beside
+    return block_linear.room(index, dtype, pixels, False)
 
 
 def _alike(dtype: torch.dtype) -> bool:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from kernels.block_index import BlockIndex, is_whole, whole_shape
 from kernels.block_linear import reference
-from kernels.cuda import step_time, whole_grad
+from kernels.cuda import step_time, ways, whole_grad
 from kernels.cuda.blocks import DTYPES, SIZES
 from kernels.cuda.driver import has_triton
 from kernels.cuda.linear import aligned
@@ -107,10 +107,12 @@ def both_grads(
 
 
 def joins(index: BlockIndex, dtype: torch.dtype, tokens: int) -> bool:
-    """Whether one launch gives both gradients of a whole weight sooner, by a rule of thumb."""
+    """Whether one launch gives both gradients of a whole weight sooner: measured, or by a rule."""
     each = (index, dtype, tokens)
     if tokens == 0:
         return False
+    if way := ways.fastest(ways.case_of(*each), True):
+        return way.joined
     most = _JOINED
     if step_time.compute(*each) > _ROOM:
         most = _JOINED_MANY
@@ -123,7 +125,9 @@ def joins(index: BlockIndex, dtype: torch.dtype, tokens: int) -> bool:
 
 
 def room(index: BlockIndex, dtype: torch.dtype, tokens: int, whole: bool) -> bool:
-    """Whether both gradients of a step take the least time beside each other, by a rule of thumb.
+    """Whether both gradients of a step take the least time beside each other.
+
+    As measured, or by a rule of thumb.
 
     Args:
         index: of the blocks.
@@ -131,6 +135,8 @@ def room(index: BlockIndex, dtype: torch.dtype, tokens: int, whole: bool) -> boo
         tokens: or pixels of the output.
         whole: whether the weight is held whole, and `masked_grad` gives its gradient.
     """
+    if way := ways.fastest(ways.case_of(index, dtype, tokens), whole):
+        return way.beside
     if whole and fits(index, dtype) and joins(index, dtype, tokens):
         return False
     return _beside(index, dtype, tokens, whole)
@@ -160,10 +166,15 @@ def pays(index: BlockIndex, dtype: torch.dtype, tokens: int, part: str = OUTPUT)
 
 
 def trains_dense(index: BlockIndex, dtype: torch.dtype, tokens: int) -> bool:
-    """Whether a step of training takes less time where the weight is held whole."""
+    """Whether a step of training takes less time where the weight is held whole.
+
+    As measured, else by a rule of thumb.
+    """
+    each = (index, dtype, tokens)
+    if way := ways.fastest(ways.case_of(*each)):
+        return way.whole
     if not fits(index, dtype):
         return True
-    each = (index, dtype, tokens)
     times = [(step_time.blocks(*each, part), step_time.dense(*each, part)) for part in PARTS]
     small = index.out_features * index.in_features < _SMALL
     gradients = step_time.both(*each) if joins(*each) else _in_turn(*each)
@@ -179,8 +190,12 @@ def samples(index: BlockIndex, dtype: torch.dtype, tokens: int) -> bool:
 def fuses(index: BlockIndex, dtype: torch.dtype, tokens: int) -> bool:
     """Whether the gradient of a whole weight is faster by the kernel that gives its zeros too.
 
-    In a captured step, where the gradient of the input is beside it; else it is up to `_HIDDEN`.
+    As measured, or by a rule. In a captured step, where the gradient of the input is beside it;
+    else it is up to `_HIDDEN`.
     """
+    way = ways.fastest(ways.case_of(index, dtype, tokens), True)
+    if way is not None and not way.joined:
+        return way.fused
     each, tall = (index, dtype, tokens), index.out_features >= index.in_features
     return step_time.fused(*each) <= step_time.masked(*each) - tall * _HIDDEN
 

@@ -42,15 +42,21 @@ def seconds(call: Call, repeat: int, cold: bool = False) -> float:
     return _between(call, repeat, torch.cuda.synchronize) / repeat
 
 
-def in_turn_us(calls: Sequence[Call], rounds: int) -> list[float]:
-    """Median microseconds of each call, cold, in so many rounds of all of them."""
+def in_turn_us(calls: Sequence[Call], rounds: int, cold: bool = True) -> list[float]:
+    """Median microseconds of each call in so many rounds of all of them.
+
+    Args:
+        calls: what is timed.
+        rounds: an odd number, so that a median is one of them.
+        cold: whether caches hold nothing of it; else each call comes behind itself.
+    """
     replays = [replayed(call) for call in calls]
     for replay in replays:
         seconds(replay, 1, cold=True)
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(rounds):
         for series, replay in zip(times, replays, strict=True):
-            series.append(seconds(replay, 1, cold=True) * 1e6)
+            series.append(_between(replay, 1, _flush if cold else replay) * 1e6)
     return [statistics.median(series) for series in times]
 
 

@@ -17,7 +17,7 @@ def test_drawn_cases_are_the_same_in_every_run_and_divide_into_their_blocks() ->
 
 
 def test_drawn_layers_that_train_divide_into_their_blocks() -> None:
-    given = (200, kernels_on_gpu.WIDTHS, kernels_on_gpu.SHARES)
+    given = (200, kernels_on_gpu.WIDTHS, kernels_on_gpu.SHARES, True)
     cases = list(training_on_gpu.drawn(*given))
     assert cases == list(training_on_gpu.drawn(*given)) and len(set(map(str, cases))) > 180
     for case in cases:
@@ -25,7 +25,7 @@ def test_drawn_layers_that_train_divide_into_their_blocks() -> None:
             assert case.of.rows % case.of.block == case.of.columns % case.of.block == 0
         else:
             assert case.of.channels % case.of.block == 0
-    assert len(cases) == 200
+    assert len(cases) == 200 and all(case.tuned for case in cases)
     kinds = {(type(case.of), case.operation) for case in cases}
     every = training_on_gpu.ALL
     assert kinds == {(training_on_gpu.Linear, every), (training_on_gpu.Conv2d, every)}
@@ -36,7 +36,7 @@ def test_drawn_layers_that_train_divide_into_their_blocks() -> None:
     [
         (["--drawn", "3"], "--drawn goes with --device cuda"),
         (["--training", "3"], "--training goes with --device cuda"),
-        (["--device", "cuda", "--tuned", "--training", "3"], "--tuned goes with --drawn"),
+        (["--device", "cuda", "--tuned"], "--tuned goes with --drawn or --training"),
         (["--device", "cuda", "--drawn", "-3"], "--drawn must not be negative, got -3"),
         (["--device", "cuda", "--training", "-1"], "--training must not be negative, got -1"),
         (["--device", "cuda", "--training", "3", "--drawn", "3"], "not allowed with"),

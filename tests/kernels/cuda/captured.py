@@ -14,22 +14,34 @@ from kernels.cuda import block_linear, whole_grad
 def check(
     net: nn.Module, x: Tensor, room: bool, joins: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Checks `steps` where rules say which way.
+
+    Args:
+        net: see `steps`.
+        x: likewise.
+        room: whether the gradients of a layer come beside each other.
+        joins: whether they come by one launch, where there is such a kernel.
+        monkeypatch: pytest's.
+    """
+
+    def joined(index: BlockIndex, dtype: torch.dtype, _: int) -> bool:
+        return joins and whole_grad.takes(index, dtype)
+
+    monkeypatch.setattr(block_linear, "room", lambda *_: room)
+    monkeypatch.setattr(block_linear, "joins", joined)
+    steps(net, x, room, monkeypatch)
+
+
+def steps(net: nn.Module, x: Tensor, room: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two layers that are this one, bit-equal for ten inputs and weights.
 
     Args:
         net: a layer of blocks with `values`, of as many features out as in.
         x: an input that takes a gradient.
-        room: whether the gradients of a layer come beside each other.
-        joins: whether they come by one launch, where there is such a kernel.
+        room: whether the gradients of a layer must come beside each other.
         monkeypatch: pytest's.
     """
     given, beside, met = [x, *net.parameters()], block_op._beside, list[torch.device]()
-    monkeypatch.setattr(block_linear, "room", lambda *_: room)
-
-    def joined(index: BlockIndex, dtype: torch.dtype, _: int) -> bool:
-        return joins and whole_grad.takes(index, dtype)
-
-    monkeypatch.setattr(block_linear, "joins", joined)
 
     def noted(device: torch.device) -> torch.cuda.Stream:
         met.append(device)

@@ -1,0 +1,139 @@
+"""Measuring by which way a layer of blocks trains the fastest: see `BlockLayer.tune`."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from kernels import measured
+from kernels.block_index import BlockIndex, gather, is_whole, scatter, whole_of
+from kernels.block_layer import BlockLayer
+from kernels.cuda import clock, ways, whole_grad
+from kernels.cuda.blocks import DTYPES
+from kernels.cuda.rounding import bound
+from kernels.cuda.ways import WAYS, Case, Way
+
+ROUNDS = 15
+_SHORT, _CALLS, _MOST = 2e10, 4, 32  # steps in a graph: more of fewer FLOP than _SHORT
+_log = logging.getLogger("kernels")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A layer and a step of its training.
+
+    Attributes:
+        layer: of blocks.
+        index: of its blocks.
+        case: what its times go by.
+        x: an input that takes a gradient.
+        grad: of the output.
+        forms: the values as blocks (False) and whole (True).
+        names: of the ways that there are.
+    """
+
+    layer: BlockLayer
+    index: BlockIndex
+    case: Case
+    x: Tensor
+    grad: Tensor
+    forms: Mapping[bool, Tensor]
+    names: Sequence[str]
+
+    def step(self, way: Way) -> list[Tensor]:
+        """The output, and gradients of x and of the values."""
+        with ways.forced(self.case, way):
+            return _step(self.layer, self.forms[way.whole], self.x, self.grad)
+
+
+def tune(layer: BlockLayer, x: Tensor, anew: bool) -> tuple[Tensor, dict[str, float]]:
+    """See `BlockLayer.tune`; gives the values too, as the fastest way holds them."""
+    if not x.numel() or not bool(x.isfinite().all()):
+        raise ValueError(
+            "tune: x must not be empty, and finite, so that results can be checked, got "
+            f"{tuple(x.shape)}"
+        )
+    here: Any = torch.cuda.device_of
+    with here(x):
+        problem = _problem(layer, x)
+        times, case = measured.times(x.device), problem.case
+        us = None if anew else times.of(case.name(), problem.names)
+        if us is None:
+            us = _measure(problem)
+            if us.keys() == set(problem.names):  # what failed is tried again by the next process
+                times.put(case.name(), us)
+                times.keep()
+    ways.put(case, us)
+    way = ways.fastest(case)
+    whole = is_whole(layer.values) if way is None else way.whole
+    return problem.forms[whole], dict(us)
+
+
+def _problem(layer: BlockLayer, x: Tensor) -> Problem:
+    index, window = layer.index, getattr(layer, "window", None)
+    with torch.no_grad():
+        y = layer(x)
+        kept = gather(scatter(layer.values, index), index)
+        forms = {False: kept, True: whole_of(kept, index)}
+    if y.dtype not in DTYPES:
+        raise ValueError(f"tune: what is multiplied must be one of {[*DTYPES]}, got {y.dtype}")
+    case = ways.case_of(index, y.dtype, y.numel() // index.out_features, window)
+    one = case.window is None and whole_grad.takes(index, y.dtype)  # one kernel gives zeros too
+    names = [name for name, way in WAYS.items() if one or not (way.fused or way.joined)]
+    grad = torch.empty_like(y).normal_(generator=torch.Generator(y.device).manual_seed(0))
+    return Problem(layer, index, case, x.detach().requires_grad_(), grad, forms, names)
+
+
+def _measure(problem: Problem) -> dict[str, float]:
+    """Microseconds of a step by each way that is right."""
+    right = {}
+    wide = [part.detach().double() for part in (problem.forms[False], problem.x, problem.grad)]
+    with torch.autocast(wide[0].device.type, enabled=False):
+        true = _step(problem.layer, wide[0], wide[1].requires_grad_(), wide[2])
+    for name in problem.names:
+        call = partial(problem.step, WAYS[name])
+        try:
+            _check(call, true, problem)
+            right[name] = call
+        except Exception as error:  # a way that cannot run here, whatever the reason
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            _log.warning("tune: %s is left out: %s", name, reason)
+    del true, wide
+    flop = 2.0 * problem.case.tokens * problem.case.rows * problem.case.columns
+    count = min(_MOST, int(_SHORT / flop) + _CALLS)
+    calls = [partial(_repeated, call, count) for call in right.values()]
+    us = clock.in_turn_us(calls, ROUNDS, cold=False)
+    return {name: taken / count for name, taken in zip(right, us, strict=True)}
+
+
+def _check(call: Callable[[], list[Tensor]], true: Sequence[Tensor], problem: Problem) -> None:
+    poison = [torch.full_like(part, float("nan")) for part in call()]
+    del poison  # the allocator gives its memory to the results
+    y, to_x, to_values = call()
+    whole = is_whole(to_values)
+    wanted = [*true[:2], whole_of(true[2], problem.index) if whole else true[2]]
+    for part, is_true in zip((y, to_x, to_values), wanted, strict=True):
+        within = bound(y.dtype, problem.case.window is not None)
+        apart, most = float((part - is_true).norm()), within * float(is_true.norm())
+        if not apart <= most:  # nor if it is NaN
+            raise ValueError(f"a result lies {apart:.3g} from the true one, {most:.3g} allowed")
+
+
+def _repeated(call: Callable[[], object], count: int) -> None:
+    for _ in range(count):
+        call()
+
+
+def _step(layer: BlockLayer, values: Tensor, x: Tensor, grad: Tensor) -> list[Tensor]:
+    given = values.detach().requires_grad_()
+    held = {"values": given}
+    if layer.bias is not None:
+        held["bias"] = layer.bias.detach().to(x.dtype)
+    with torch.enable_grad():
+        y = functional_call(layer, held, (x,))
+        return [y.detach(), *torch.autograd.grad(y, [x, given], grad)]

@@ -1,0 +1,107 @@
+"""On a GPU: `pytest -m gpu`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import kernels
+from kernels import measured
+from kernels.block_index import is_whole
+from kernels.block_layer import BlockLayer
+from kernels.cuda import step_tuning, ways, whole_grad
+from kernels.cuda.ways import WAYS
+from tests.kernels.cuda import captured
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(ways, "_known", {})
+    monkeypatch.setenv("SPARSE_NAS_MEASURED", "on")
+    monkeypatch.setenv("SPARSE_NAS_CACHE", str(tmp_path))
+    measured._times.cache_clear()
+    yield
+    measured._times.cache_clear()
+
+
+def made(kernel: int, dtype: torch.dtype, share: float) -> tuple[BlockLayer, Tensor]:
+    """A layer of 128 features or channels, kernel 0 of a linear one, and an input."""
+    torch.manual_seed(0)
+    shape = (4, 4, kernel, kernel) if kernel else (4, 4)
+    mask = torch.rand(shape, device="cuda") < share
+    if not kernel:
+        linear = nn.Linear(128, 128, device="cuda", dtype=dtype)
+        x = torch.randn(300, 128, device="cuda", dtype=dtype)
+        return kernels.BlockLinear.of(linear, (32, 32), mask), x
+    conv = nn.Conv2d(128, 128, kernel, padding=kernel // 2, device="cuda", dtype=dtype)
+    x = torch.randn(3, 128, 9, 11, device="cuda", dtype=dtype)
+    return kernels.BlockConv2d.of(conv, (32, 32), mask), x
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("share", [0.1, 0.7])
+@pytest.mark.parametrize("kernel", [0, 1, 3])
+def test_every_way_is_right_and_the_fastest_is_taken(
+    kernel: int, share: float, dtype: torch.dtype
+) -> None:
+    layer, x = made(kernel, dtype, share)
+    y, before = layer(x), layer.matrix()
+    us = layer.tune(x)
+    one = kernel < 3 and whole_grad.takes(layer.index, dtype)
+    assert us.keys() == {n for n, way in WAYS.items() if one or not (way.fused or way.joined)}
+    assert min(us.values()) > 0
+    fastest = WAYS[min(us, key=us.__getitem__)]
+    assert is_whole(layer.values) == fastest.whole
+    assert torch.equal(layer.matrix(), before)
+    assert (layer(x) - y).norm() <= 1e-2 * y.norm()
+    again, _ = made(kernel, dtype, share)  # another one, made by what was measured
+    pixels = x[:, 0].numel() if kernel else len(x)
+    case = ways.case_of(layer.index, dtype, pixels, getattr(layer, "window", None))
+    assert ways.fastest(case) == fastest
+    assert again.tune(x) == us and is_whole(again.values) == fastest.whole
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_a_captured_step_goes_the_way(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = made(0, torch.bfloat16, 0.5)
+    way = WAYS[name]
+    if way.joined and not whole_grad.takes(layer.index, torch.bfloat16):
+        pytest.skip("one launch gives both on 9.0")
+    ways.put(ways.case_of(layer.index, x.dtype, len(x)), {name: 1.0})
+    plain = nn.Linear(128, 128, False, device="cuda", dtype=torch.bfloat16)
+    plain.weight.data.copy_(layer.matrix())
+    held = kernels.BlockLinear.of(plain, (32, 32), tokens=len(x))
+    assert is_whole(held.values) == way.whole
+    captured.steps(held, x.requires_grad_(), way.beside, monkeypatch)
+
+
+def test_it_is_tuned_under_autocast() -> None:
+    layer, x = made(0, torch.float32, 0.5)
+    with torch.autocast("cuda", torch.bfloat16):
+        us = layer.tune(x)
+    assert us and layer.values.dtype is torch.float32
+    assert ways.fastest(ways.case_of(layer.index, torch.bfloat16, len(x))) is not None
+    assert ways.fastest(ways.case_of(layer.index, torch.float32, len(x))) is None
+
+
+def test_a_way_that_is_wrong_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = step_tuning._step
+
+    def wrong(layer: BlockLayer, values: Tensor, x: Tensor, grad: Tensor) -> list[Tensor]:
+        found = right(layer, values, x, grad)
+        return [found[0] * (1.1 if is_whole(values) else 1), *found[1:]]
+
+    monkeypatch.setattr(step_tuning, "_step", wrong)
+    layer, x = made(0, torch.bfloat16, 0.5)
+    assert layer.tune(x).keys() == {"blocks", "blocks, beside"}
+    assert not is_whole(layer.values)

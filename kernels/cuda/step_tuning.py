@@ -18,8 +18,8 @@ from kernels.cuda.blocks import DTYPES
 from kernels.cuda.rounding import bound
 from kernels.cuda.ways import WAYS, Case, Way
 
-ROUNDS = 15
-_SHORT, _CALLS, _MOST = 2e10, 4, 32  # steps in a graph: more of fewer FLOP than _SHORT
+ROUNDS = 11
+_LONG, _MOST = 4e10, 32  # FLOP of a product of which one step is measured; more of fewer
 _log = logging.getLogger("kernels")
 
 
@@ -105,7 +105,7 @@ def _measure(problem: Problem) -> dict[str, float]:
             _log.warning("tune: %s is left out: %s", name, reason)
     del true, wide
     flop = 2.0 * problem.case.tokens * problem.case.rows * problem.case.columns
-    count = min(_MOST, int(_SHORT / flop) + _CALLS)
+    count = min(_MOST, 1 + int(_LONG / flop))
     calls = [partial(_repeated, call, count) for call in right.values()]
     us = clock.in_turn_us(calls, ROUNDS, cold=False)
     return {name: taken / count for name, taken in zip(right, us, strict=True)}

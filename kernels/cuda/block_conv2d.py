@@ -36,7 +36,8 @@ def forward(
 
     if is_whole(values) or not pays(index, x.dtype, out, window):
         weight = unflat(whole.matrix_of(values, index), window.kernel)
-        return _dense(last, weight, bias, window)
+        searched = _searched(values, index, prod(out) // out[1], window)
+        return _dense(last, weight, bias, window, searched)
     walk = many.by_rows(index, linear.aligned(values))
     bias = None if bias is None else bias.contiguous()
     with torch.cuda.device(x.device):
@@ -62,7 +63,8 @@ def input_grad(
 
     if is_whole(values) or not pays(index, grad.dtype, grad.shape, window, INPUT):
         weight = unflat(whole.matrix_of(values, index), window.kernel)
-        return _dense(aligned(grad), weight, None, window, to=size)
+        searched = _searched(values, index, grad.numel() // grad.shape[1], window)
+        return _dense(aligned(grad), weight, None, window, searched, to=size)
     turned = turned_window(window)
     full = Window(window.kernel, ONE, window.padding, window.dilation).out(size)
     last, walk = (
@@ -177,18 +179,32 @@ def _dense_us(index: BlockIndex, dtype: torch.dtype, pixels: int, part: str) -> 
     return 7 + 0.95 * needed
 
 
+def _searched(values: Tensor, index: BlockIndex, pixels: int, window: Window) -> bool:
+    """Whether cuDNN is to search for the fastest, as was measured."""
+    way = ways.fastest(ways.case_of(index, values.dtype, pixels, window), is_whole(values))
+    return way is not None and way.searched
+
+
 def _dense(
-    x: Tensor, weight: Tensor, bias: Tensor | None, window: Window, to: Pair | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    window: Window,
+    searched: bool,
+    to: Pair | None = None,
 ) -> Tensor:
     """PyTorch's convolution, channels last; or what leads back from its output to a size.
 
     Sums have one order, and float32 is rounded as our kernels round it, whatever its switches say.
+    (Of 16 bits that switch changes nothing but what PyTorch keeps plans by, so that what was
+    searched is kept beside what was not.)
     """
     over = [0, 0]
     if to is not None:  # rows and columns that a stride left out
         over = [size - found for size, found in zip(to, _reached(x, window), strict=True)]
     walk = (*map(list, window.pairs), to is not None, over, 1)
-    how = (False, True, torch.backends.cudnn.enabled, precision() == "tf32")
+    narrow = searched if x.dtype.itemsize == 2 else precision() == "tf32"
+    how = (searched, True, torch.backends.cudnn.enabled, narrow)
     return aligned(torch.ops.aten._convolution(x, weight, bias, *walk, *how))
 
 

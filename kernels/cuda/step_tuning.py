@@ -83,10 +83,17 @@ def _problem(layer: BlockLayer, x: Tensor) -> Problem:
     if y.dtype not in DTYPES:
         raise ValueError(f"tune: what is multiplied must be one of {[*DTYPES]}, got {y.dtype}")
     case = ways.case_of(index, y.dtype, y.numel() // index.out_features, window)
-    one = case.window is None and whole_grad.takes(index, y.dtype)  # one kernel gives zeros too
-    names = [name for name, way in WAYS.items() if one or not (way.fused or way.joined)]
+    names = [name for name, way in WAYS.items() if _takes(way, index, case)]
     grad = torch.empty_like(y).normal_(generator=torch.Generator(y.device).manual_seed(0))
     return Problem(layer, index, case, x.detach().requires_grad_(), grad, forms, names)
+
+
+def _takes(way: Way, index: BlockIndex, case: Case) -> bool:
+    """Whether there is such a way."""
+    if way.searched:
+        return case.window is not None and case.dtype.itemsize == 2
+    one = case.window is None and whole_grad.takes(index, case.dtype)  # kernel that gives zeros
+    return one or not (way.fused or way.joined)
 
 
 def _measure(problem: Problem) -> dict[str, float]:

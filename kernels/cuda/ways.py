@@ -20,12 +20,15 @@ class Way(NamedTuple):
         beside: whether gradients of values and of x come beside each other, in a captured step.
         fused: whether one kernel gives a whole gradient and its zeros.
         joined: whether one launch gives both gradients.
+        searched: whether cuDNN's products with a whole weight are what it found fastest, not what
+            its heuristics say.
     """
 
     whole: bool
     beside: bool = False
     fused: bool = False
     joined: bool = False
+    searched: bool = False
 
 
 WAYS = {
@@ -36,6 +39,8 @@ WAYS = {
     "whole, fused": Way(True, fused=True),
     "whole, fused, beside": Way(True, beside=True, fused=True),
     "whole, joined": Way(True, joined=True),
+    "whole, searched": Way(True, searched=True),
+    "whole, searched, beside": Way(True, beside=True, searched=True),
 }
 _Fastest = Mapping[bool | None, Way]  # of a weight held as blocks, whole, and of both
 _NOTHING: _Fastest = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import random
 import statistics
@@ -208,6 +209,7 @@ def run(args: argparse.Namespace) -> int:
     warnings.filterwarnings("ignore")  # torch's sparse kernels say that they are in beta
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True
+    gc.freeze()  # what is there by now: garbage is collected before every capture
     on, rows = card(), list[Row]()
     named: Any = chain(cases(args.sparsity), training_on_gpu.cases(args.sparsity))
     chosen: Any = drawn(args.drawn, args.tuned) if args.drawn else named

@@ -68,16 +68,19 @@ class BlockLayer(nn.Module):
 
         A step is forward and backward, of x too, replayed in a CUDA graph; what was measured is
         kept (`kernels.measured`). From then on steps with as many tokens, or pixels of the output,
-        go the fastest way, also of other layers of this size and share of blocks. `values` becomes
-        another parameter where the fastest way holds the weight otherwise (whole, or its blocks):
-        call it before an optimizer takes the parameters.
+        go the fastest way, also of other layers of this size and about this share of blocks, and
+        layers that are made for so many hold their weight so. `values` becomes another parameter
+        where the fastest way holds it otherwise (whole, or its blocks): call it before an
+        optimizer takes the parameters, and in one process before others start, whose times may
+        choose another form.
 
         Args:
             x: an input as of a step, finite; under `torch.autocast` where steps are.
             anew: whether to measure what was measured before.
 
         Returns:
-            Microseconds of a step by each way whose results are right, checked against float64.
+            Microseconds of a step by each way whose results, launched by the host, are right
+            beside float64.
 
         Raises:
             ValueError: the layer is not on a GPU, x does not fit it, is empty or not finite, or
@@ -89,7 +92,8 @@ class BlockLayer(nn.Module):
 
         values, us = step_tuning.tune(self, x, anew)
         if values.shape != self.values.shape:
-            self.values = nn.Parameter(values, self.values.requires_grad)
+            with torch.inference_mode(False):
+                self.values = nn.Parameter(values, self.values.requires_grad)
         return us
 
     def _apply(self, fn: Any, recurse: bool = True) -> "BlockLayer":

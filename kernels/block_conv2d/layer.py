@@ -38,9 +38,10 @@ class BlockConv2d(BlockLayer):
     ) -> "BlockConv2d":
         """The same layer, with copies of its numbers, on the device where it is to train.
 
-        On a GPU where dense is faster, by a rule of thumb, it holds the weight whole, (out / h, h,
-        taps * in / w, w), zeros elsewhere: convolutions are dense, and the gradient is masked. The
-        rule is that of the weight's dtype; made under `torch.autocast`, of the dtype there.
+        On a GPU where dense is faster, as measured (`tune`) or else by a rule of thumb, it holds
+        the weight whole, (out / h, h, taps * in / w, w), zeros elsewhere: convolutions are dense,
+        and the gradient is masked. The rule is that of the weight's dtype; made under
+        `torch.autocast`, of the dtype there.
 
         Args:
             conv: one whose weight is zero outside the kept blocks.

@@ -267,11 +267,11 @@ def _room(
     *,
     walk: Sequence[Ints],
 ) -> bool:
-    from kernels.cuda import block_conv2d  # not at the top: nobody without a GPU needs it
+    from kernels.cuda import block_linear  # not at the top: nobody without a GPU needs it
 
     index, window = _walked("masked_grad", grad, x, lists, groups, block_of(values), walk)
     pixels = grad.numel() // grad.shape[1]
-    return block_conv2d.room(index, x.dtype, pixels, is_whole(values), window)
+    return block_linear.room(index, x.dtype, pixels, is_whole(values), window)
 
 
 def _ops() -> Any:

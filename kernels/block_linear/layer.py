@@ -31,15 +31,16 @@ class BlockLinear(BlockLayer):
     ) -> "BlockLinear":
         """The same layer, with copies of its numbers, on the device where it is to train.
 
-        On a GPU where dense is faster, by a rule of thumb, it holds the weight whole, (out / h, h,
-        in / w, w), zeros elsewhere: products are dense, and the gradient is masked. The rule is
-        that of the weight's dtype; made under `torch.autocast`, of the dtype there.
+        On a GPU where dense is faster, as measured (`tune`) or else by a rule of thumb, it holds
+        the weight whole, (out / h, h, in / w, w), zeros elsewhere: products are dense, and the
+        gradient is masked. The rule is that of the weight's dtype; made under `torch.autocast`, of
+        the dtype there.
 
         Args:
             linear: one whose weight is zero outside the kept blocks.
             block: rows and columns of a block.
             mask: (out / h, in / w) bool, the blocks to keep; None: those that are not all zeros.
-            tokens: that a step of training has, about.
+            tokens: that a step of training has; about, where nothing was measured.
             whole: whether to hold the weight whole, in spite of the rule; None: by it.
 
         Raises:

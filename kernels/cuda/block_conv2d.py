@@ -128,25 +128,18 @@ def trains_dense(index: BlockIndex, dtype: torch.dtype, pixels: int, window: Win
 
     As measured, else by a rule of thumb.
     """
+    if window.of_pixels:
+        return block_linear.trains_dense(index, dtype, pixels)
     if way := ways.fastest(ways.case_of(index, dtype, pixels, window)):
         return way.whole
-    if window.of_pixels or not block_linear.fits(index, dtype):
-        return block_linear.trains_dense(index, dtype, pixels)
+    if not block_linear.fits(index, dtype):
+        return True
     each = (index, dtype, pixels)
     times = [(_blocks_us(*each, window, part), _dense_us(*each, part)) for part in PARTS]
     dense = sum(time for _, time in times) + step_time.zeroing(index, dtype)
     measured = window.dilation == ONE and _alike(dtype)
     small = _flop(index, pixels) < _LITTLE
     return measured and block_linear.whole_pays(index, dtype, times, dense, small)
-
-
-def room(index: BlockIndex, dtype: torch.dtype, pixels: int, whole: bool, window: Window) -> bool:
-    """See `block_linear.room`."""
-    if window.of_pixels:
-        return block_linear.room(index, dtype, pixels, whole)
-    if way := ways.fastest(ways.case_of(index, dtype, pixels, window), whole):
-        return way.beside
-    return block_linear.room(index, dtype, pixels, False)
 
 
 def _alike(dtype: torch.dtype) -> bool:

@@ -14,6 +14,7 @@ from kernels.cuda.driver import has_triton
 from kernels.cuda.linear import aligned
 from kernels.cuda.rounding import precision
 from kernels.cuda.step_time import INPUT, OUTPUT, PARTS, WEIGHT
+from kernels.window import Window
 
 # Of the time, from which on a whole weight, which takes more memory, pays; where dense products
 # are taken anyway, from any time less; if small, even from this time more where one of them is:
@@ -124,7 +125,13 @@ def joins(index: BlockIndex, dtype: torch.dtype, tokens: int) -> bool:
     return step_time.both(*each) <= most * _in_turn(*each)
 
 
-def room(index: BlockIndex, dtype: torch.dtype, tokens: int, whole: bool) -> bool:
+def room(
+    index: BlockIndex,
+    dtype: torch.dtype,
+    tokens: int,
+    whole: bool,
+    window: Window | None = None,
+) -> bool:
     """Whether both gradients of a step take the least time beside each other.
 
     As measured, or by a rule of thumb.
@@ -133,13 +140,15 @@ def room(index: BlockIndex, dtype: torch.dtype, tokens: int, whole: bool) -> boo
         index: of the blocks.
         dtype: of what is multiplied.
         tokens: or pixels of the output.
-        whole: whether the weight is held whole, and `masked_grad` gives its gradient.
+        whole: whether the weight is held whole.
+        window: of a convolution.
     """
-    if way := ways.fastest(ways.case_of(index, dtype, tokens), whole):
+    if way := ways.fastest(ways.case_of(index, dtype, tokens, window), whole):
         return way.beside
-    if whole and fits(index, dtype) and joins(index, dtype, tokens):
+    by_pixels = whole and (window is None or window.of_pixels)  # `masked_grad` is the gradient
+    if by_pixels and fits(index, dtype) and joins(index, dtype, tokens):
         return False
-    return _beside(index, dtype, tokens, whole)
+    return _beside(index, dtype, tokens, by_pixels)
 
 
 def takes(x: Tensor, index: BlockIndex) -> bool:

@@ -1,6 +1,7 @@
 """Measuring by which way a layer of blocks trains the fastest: see `BlockLayer.tune`."""
 
 import logging
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,7 @@ from kernels.cuda.ways import WAYS, Case, Way
 
 ROUNDS = 11
 _LONG, _MOST = 4e10, 32  # FLOP of a product of which one step is measured; more of fewer
+_LOCK = threading.Lock()  # steps are forced to go a way while they are captured
 _log = logging.getLogger("kernels")
 
 
@@ -59,19 +61,19 @@ def tune(layer: BlockLayer, x: Tensor, anew: bool) -> tuple[Tensor, dict[str, fl
             f"{tuple(x.shape)}"
         )
     here: Any = torch.cuda.device_of
-    with here(x):
-        problem = _problem(layer, x)
-        times, case = measured.times(x.device), problem.case
-        us = None if anew else times.of(case.name(), problem.names)
-        if us is None:
+    with _LOCK, torch.inference_mode(False), here(x):
+        problem = _problem(layer, x.clone() if x.is_inference() else x)
+        case, us = problem.case, ways.times(problem.case)
+        if anew or us.keys() != set(problem.names):  # what failed is tried again
             us = _measure(problem)
-            if us.keys() == set(problem.names):  # what failed is tried again by the next process
-                times.put(case.name(), us)
-                times.keep()
-    ways.put(case, us)
-    way = ways.fastest(case)
-    whole = is_whole(layer.values) if way is None else way.whole
-    return problem.forms[whole], dict(us)
+            ways.put(case, us)
+            if us.keys() == set(problem.names):
+                kept = measured.times(x.device)
+                kept.put(case.name(), us)
+                kept.keep()
+        way = ways.fastest(case)
+        whole = is_whole(layer.values) if way is None else way.whole
+        return problem.forms[whole], dict(us)
 
 
 def _problem(layer: BlockLayer, x: Tensor) -> Problem:
@@ -84,7 +86,8 @@ def _problem(layer: BlockLayer, x: Tensor) -> Problem:
         raise ValueError(f"tune: what is multiplied must be one of {[*DTYPES]}, got {y.dtype}")
     case = ways.case_of(index, y.dtype, y.numel() // index.out_features, window)
     names = [name for name, way in WAYS.items() if _takes(way, index, case)]
-    grad = torch.empty_like(y).normal_(generator=torch.Generator(y.device).manual_seed(0))
+    draw = torch.Generator(y.device).manual_seed(0)
+    grad = torch.empty_like(y).normal_(0, case.tokens**-0.5, generator=draw)  # sums stay small
     return Problem(layer, index, case, x.detach().requires_grad_(), grad, forms, names)
 
 
@@ -100,8 +103,7 @@ def _measure(problem: Problem) -> dict[str, float]:
     """Microseconds of a step by each way that is right."""
     right = {}
     wide = [part.detach().double() for part in (problem.forms[False], problem.x, problem.grad)]
-    with torch.autocast(wide[0].device.type, enabled=False):
-        true = _step(problem.layer, wide[0], wide[1].requires_grad_(), wide[2])
+    true = _step(problem.layer, wide[0], wide[1].requires_grad_(), wide[2])
     for name in problem.names:
         call = partial(problem.step, WAYS[name])
         try:
@@ -119,7 +121,8 @@ def _measure(problem: Problem) -> dict[str, float]:
 
 
 def _check(call: Callable[[], list[Tensor]], true: Sequence[Tensor], problem: Problem) -> None:
-    poison = [torch.full_like(part, float("nan")) for part in call()]
+    first = call()  # lives on, so that its memory, and what is right in it, is nobody's
+    poison = [torch.full_like(part, float("nan")) for part in first]
     del poison  # the allocator gives its memory to the results
     y, to_x, to_values = call()
     whole = is_whole(to_values)

@@ -135,7 +135,8 @@ def _some(problem: Problem) -> Callable[[Tensor], Tensor]:
 def _check(
     call: Callable[[], Tensor], some: Callable[[Tensor], Tensor], true: Tensor, within: float
 ) -> None:
-    poison = torch.full_like(call(), float("nan"))
+    first = call()  # lives on, so that its memory, and what is right in it, is nobody's
+    poison = torch.full_like(first, float("nan"))
     del poison  # the allocator gives its memory to the result
     y = some(call()).double()
     apart, most = float((y - true).norm()), within * float(true.norm())

@@ -42,35 +42,49 @@ WAYS = {
     "whole, searched": Way(True, searched=True),
     "whole, searched, beside": Way(True, beside=True, searched=True),
 }
-_Fastest = Mapping[bool | None, Way]  # of a weight held as blocks, whole, and of both
-_NOTHING: _Fastest = {}
 
 
 class Case(NamedTuple):
-    """What times of a step of training go by; layers that are alike in all of it share them."""
+    """What times of a step of training go by; layers that are alike in all of it share them.
+
+    Attributes:
+        rows: of the weight.
+        columns: of it, of all taps.
+        taps: of a convolution's kernel, 1 of a linear layer.
+        block: rows and columns of a block.
+        kept: share of the weight, about.
+        dtype: of what is multiplied: of 16 bits, or of float32 under autocast, which are one.
+        rounded: see `narrowed`.
+        tokens: or pixels of the output.
+        window: of a convolution that is more than a linear layer of its pixels.
+        benchmark: whether cuDNN's is on, which the gradient of a convolution's weight asks.
+        device: of the layer.
+    """
 
     rows: int
     columns: int
     taps: int
     block: tuple[int, int]
-    blocks: int
+    kept: str
     dtype: torch.dtype
+    rounded: str
     tokens: int
     window: Window | None
-    rounded: str
+    benchmark: bool
     device: torch.device
 
     def name(self) -> str:
-        """Its name in `kernels.measured`."""
-        conv = self.window is not None
-        words = ["step of", "conv2d" if conv else "linear", f"{self.rows}x{self.columns}"]
+        """In `kernels.measured`."""
+        kind = "linear" if self.window is None else "conv2d"
+        words = ["step of", kind, f"{self.rows}x{self.columns}", "taps", str(self.taps)]
         words += [str(self.dtype), *(["tf32 of", self.rounded] if self.rounded else [])]
-        whole = self.rows * self.columns
-        kept = measured.share(self.blocks * self.block[0] * self.block[1], whole)
-        words += ["{}x{}".format(*self.block), "kept", kept, "tokens", str(self.tokens)]
+        words += ["{}x{}".format(*self.block), "kept", self.kept, "tokens", str(self.tokens)]
         if self.window is not None:
-            searched = ["searched"] if torch.backends.cudnn.benchmark else []
-            words += ["kernel", str(self.window.kernel), *searched]
+            words += [
+                "kernel",
+                str(self.window.kernel),
+                *(["benchmark"] if self.benchmark else []),
+            ]
             words += ["stride, padding, dilation", *map(str, self.window.pairs)]
         return " ".join(words)
 
@@ -87,49 +101,57 @@ def case_of(
         window: of a convolution.
     """
     if window is not None and window.of_pixels:
-        window = None  # a linear layer of pixels
-    sizes = (index.out_features, index.in_features, index.taps, index.block, len(index.columns))
+        window = None
+    weights = index.out_features * index.in_features
+    kept = measured.share(len(index.columns) * index.block[0] * index.block[1], weights)
+    sizes = index.out_features, index.in_features, index.taps, index.block, kept
+    benchmark = window is not None and torch.backends.cudnn.benchmark
     rounded = narrowed(dtype, window is not None)
-    return Case(*sizes, dtype, tokens, window, rounded, index.lists.device)
+    return Case(*sizes, dtype, rounded, tokens, window, benchmark, index.lists.device)
 
 
-_known: dict[Case, _Fastest] = {}
+class _Times(NamedTuple):
+    us: Mapping[str, float]
+    fastest: Mapping[bool | None, Way]  # of blocks, of whole weights, and of both
 
 
-def fastest(case: Case, whole: bool | None = None) -> Way | None:
-    """The fastest way of a case, with one form of the weight or with any; None: not measured.
+_known: dict[Case, _Times] = {}
+
+
+def times(case: Case) -> Mapping[str, float]:
+    """Microseconds by the names of ways; none where it was not measured.
 
     The first call for a case reads what is known of it; others look it up.
     """
-    if case not in _known:
-        on_gpu = case.device.type == "cuda"
-        us = measured.times(case.device).of(case.name()) if on_gpu else None
-        _known[case] = _fastest(us) if us else _NOTHING
-    return _known[case].get(whole)
+    return _times(case).us
+
+
+def fastest(case: Case, whole: bool | None = None) -> Way | None:
+    """The fastest way of a case, with one form of the weight or with any; None: not measured."""
+    return _times(case).fastest.get(whole)
 
 
 def put(case: Case, us: Mapping[str, float]) -> None:
-    """From now on these are its times, by the names of ways."""
-    _known[case] = _fastest(us)
+    """From now on these are its times."""
+    found: dict[bool | None, Way] = {}
+    for name in sorted(us.keys() & WAYS.keys(), key=us.__getitem__):
+        for whole in (WAYS[name].whole, None):
+            found.setdefault(whole, WAYS[name])
+    _known[case] = _Times(us, found)
 
 
 @contextmanager
 def forced(case: Case, way: Way) -> Iterator[None]:
     """Meanwhile steps of a case go this way."""
-    before = _known.get(case)
-    _known[case] = {way.whole: way}
+    before = _times(case)
+    _known[case] = _Times({}, {way.whole: way})
     try:
         yield
     finally:
-        if before is None:
-            del _known[case]
-        else:
-            _known[case] = before
+        _known[case] = before
 
 
-def _fastest(us: Mapping[str, float]) -> _Fastest:
-    found: dict[bool | None, Way] = {}
-    for name in sorted(us.keys() & WAYS.keys(), key=us.__getitem__):
-        for whole in (WAYS[name].whole, None):
-            found.setdefault(whole, WAYS[name])
-    return found
+def _times(case: Case) -> _Times:
+    if case not in _known:
+        put(case, measured.times(case.device).of(case.name()) or {})
+    return _known[case]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import kernels
 from kernels import measured
-from kernels.block_index import is_whole
+from kernels.block_index import block_index, is_whole, whole_shape
 from kernels.block_layer import BlockLayer
 from kernels.cuda import block_conv2d, block_linear, clock, step_tuning, ways, whole_grad
 from kernels.cuda.ways import WAYS, case_of
@@ -55,11 +55,26 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def taken(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """Microseconds of a step by each way, which a test may change."""
     us = dict(zip(WAYS, (4.0, 3.0, 2.0, 1.0, 7.0, 8.0, 9.0, 5.0, 6.0), strict=True))
+    gone, step = list[str](), step_tuning._step
+
+    def met(layer: BlockLayer, values: Tensor, x: Tensor, grad: Tensor) -> list[Tensor]:
+        """Which way rules say while a step is computed."""
+        window = getattr(layer, "window", None)
+        case = case_of(layer.index, x.dtype, grad.numel() // layer.index.out_features, window)
+        way = ways.fastest(case, is_whole(values))
+        gone.extend(name for name, its in WAYS.items() if its == way)
+        return step(layer, values, x, grad)
 
     def in_turn_us(calls: Sequence[Any], rounds: int, cold: bool) -> list[float]:
-        names = {way: name for name, way in WAYS.items()}
-        return [us[names[call.args[0].args[0]]] * call.args[1] for call in calls]
+        found = []
+        for call in calls:
+            gone.clear()
+            call()
+            assert len(set(gone)) == 1
+            found.append(us[gone[0]] * len(gone))
+        return found
 
+    monkeypatch.setattr(step_tuning, "_step", met)
     monkeypatch.setattr(clock, "in_turn_us", in_turn_us)
     return us
 
@@ -96,7 +111,7 @@ def test_rules_ask_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         assert block_linear.trains_dense(*each) == way.whole
         assert block_conv2d.trains_dense(*each, ONE) == way.whole
         assert block_linear.room(*each, way.whole) == way.beside
-        assert block_conv2d.room(*each, way.whole, ONE) == way.beside
+        assert block_linear.room(*each, way.whole, ONE) == way.beside
         assert not block_linear.room(*each, not way.whole)  # the other form is not beside
         if way.whole:
             assert block_linear.joins(*each) == way.joined
@@ -119,17 +134,70 @@ def test_a_convolution_goes_by_its_window() -> None:
     index, pixels = conv().index, 4 * 7 * 5
     ways.put(case_of(index, BF16, pixels, THREE), {"blocks, beside": 1.0, "whole": 2.0})
     assert not block_conv2d.trains_dense(index, BF16, pixels, THREE)
-    assert block_conv2d.room(index, BF16, pixels, False, THREE)
-    assert not block_conv2d.room(index, BF16, pixels, True, THREE)
+    each = (index, BF16, pixels)
+    assert block_linear.room(*each, False, THREE)
+    assert not block_linear.room(*each, True, THREE)
     wider = Window((3, 3), (1, 1), (2, 2), (2, 2))
-    assert ways.fastest(case_of(index, BF16, pixels, wider)) is None
+    assert ways.fastest(case_of(*each, wider)) is None
+    ways.put(case_of(*each), {"blocks": 1.0})  # of a linear layer
+    assert block_conv2d.trains_dense(*each, wider)  # 16 x 16 without Triton, by the rule
+    assert block_linear.room(*each, False, wider)  # little
+
+
+@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize("whole", [False, True])
+def test_cudnn_searches_where_that_is_the_way(name: str, whole: bool) -> None:
+    index, pixels, way = conv().index, 4 * 7 * 5, WAYS[name]
+    values = torch.empty(whole_shape(index) if whole else (1, *index.block), dtype=BF16)
+    assert not block_conv2d._searched(values, index, pixels, THREE)
+    ways.put(case_of(index, BF16, pixels, THREE), {name: 1.0})
+    assert block_conv2d._searched(values, index, pixels, THREE) == (way.searched and whole)
+
+
+def _forget() -> None:
+    """As in another process."""
+    ways._known.clear()
+    measured._times.cache_clear()
+
+
+def test_about_as_many_blocks_are_one_case(taken: dict[str, float]) -> None:
+    torch.manual_seed(0)
+    indexes = []
+    for kept in (2048, 2040, 1800):
+        mask = torch.rand(4096).argsort().view(64, 64) < kept
+        indexes.append(block_index(mask, (16, 16)))
+    cases = [case_of(index, BF16, TOKENS) for index in indexes]
+    assert ways.fastest(cases[1]) is None  # asked before
+    ways.put(cases[0], {"blocks": 1.0})
+    assert ways.fastest(cases[1]) == WAYS["blocks"] and ways.fastest(cases[2]) is None
+
+
+def test_names_that_are_no_ways_are_not_met(tmp_path: Path) -> None:
+    x, case = torch.randn(9, 128), case_of(linear().index, torch.float32, 9)
+    kept = measured.times(x.device)
+    kept.put(case.name(), {"by magic": 0.1, "whole": 1.0})
+    kept.keep()
+    _forget()
+    assert ways.fastest(case) == WAYS["whole"]
+
+
+def test_it_is_measured_once_where_nothing_is_kept(
+    taken: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPARSE_NAS_MEASURED", "off")
+    x = torch.randn(9, 128)
+    first, _ = _tuned(linear(), x)
+    taken["blocks"] = 0.5
+    assert _tuned(linear(), x)[0] == first
+    assert _tuned(linear(), x, anew=True)[0]["blocks"] == 0.5
 
 
 def test_it_is_measured_once(taken: dict[str, float]) -> None:
     x = torch.randn(9, 128)
     first, _ = _tuned(linear(), x)
     taken["blocks"] = 0.5
-    measured._times.cache_clear()  # as in another process
+    _forget()
+    assert ways.fastest(case_of(linear().index, x.dtype, len(x))) == WAYS["whole, beside"]
     assert _tuned(linear(), x)[0] == first
     again, values = _tuned(linear(), x, anew=True)
     assert again["blocks"] == 0.5 and not is_whole(values)
@@ -138,15 +206,20 @@ def test_it_is_measured_once(taken: dict[str, float]) -> None:
     assert len(names) == 2 and all("128x128" in name and "tokens 9" in name for name in names)
 
 
+@pytest.mark.parametrize("off", range(3))
 def test_what_is_wrong_is_left_out(
-    taken: dict[str, float], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    off: int,
+    taken: dict[str, float],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     right = step_tuning._step
 
     def wrong(layer: BlockLayer, values: Tensor, x: Tensor, grad: Tensor) -> list[Tensor]:
-        y, to_x, to_values = right(layer, values, x, grad)
-        off = is_whole(values) and values.dtype is torch.float32
-        return [y, to_x, to_values * (1.001 if off else 1)]
+        found = right(layer, values, x, grad)
+        if is_whole(values) and values.dtype is torch.float32:
+            found[off] = found[off] * 1.001
+        return found
 
     monkeypatch.setattr(step_tuning, "_step", wrong)
     with caplog.at_level(logging.WARNING, "kernels"):
@@ -154,6 +227,8 @@ def test_what_is_wrong_is_left_out(
     assert us.keys() == set(BLOCKS) and not is_whole(values)
     assert "whole, beside is left out: a result lies" in caplog.text
     assert not measured.times(values.device).known  # the next process tries it again
+    monkeypatch.setattr(step_tuning, "_step", right)
+    assert _tuned(linear(), torch.randn(9, 128))[0].keys() == set(PLAIN)  # as does this one
 
 
 def test_where_nothing_is_right_a_layer_stays_as_it_is(
@@ -172,7 +247,7 @@ def test_a_step_goes_a_way_only_meanwhile() -> None:
     case = case_of(linear().index, BF16, TOKENS)
     with ways.forced(case, WAYS["whole, fused"]):
         assert ways.fastest(case, True) == WAYS["whole, fused"]
-    assert case not in ways._known
+    assert ways.fastest(case, True) is None
     ways.put(case, {"blocks": 1.0})
     with ways.forced(case, WAYS["whole, fused"]):
         assert ways.fastest(case, False) is None
@@ -194,10 +269,26 @@ def test_it_says_what_it_needs() -> None:
 
 def test_a_case_has_a_name() -> None:
     name = case_of(linear(0.25).index, BF16, 7).name()
-    assert name == "step of linear 128x128 torch.bfloat16 16x16 kept 0.25 tokens 7"
+    assert name == "step of linear 128x128 taps 1 torch.bfloat16 16x16 kept 0.25 tokens 7"
     name = case_of(conv().index, BF16, 7, THREE).name()
-    assert name.startswith("step of conv2d 32x288 torch.bfloat16 16x16 kept 0.")
+    assert name.startswith("step of conv2d 32x288 taps 9 torch.bfloat16 16x16 kept 0.")
     assert name.endswith("tokens 7 kernel (3, 3) stride, padding, dilation (1, 1) (1, 1) (1, 1)")
+
+
+@pytest.mark.parametrize("made_in", [False, True])
+def test_a_layer_measured_in_inference_mode_trains(made_in: bool, taken: dict[str, float]) -> None:
+    layer, x = linear(whole=False), torch.randn(9, 128)
+    with torch.inference_mode():
+        x = x.clone() if made_in else x
+        values, us = step_tuning.tune(layer, x, False)
+    assert us.keys() == set(PLAIN) and not values.is_inference()
+    layer.values = nn.Parameter(values)
+    layer(torch.randn(9, 128)).sum().backward()
+
+
+def test_many_tokens_of_half_precision_do_not_overflow(taken: dict[str, float]) -> None:
+    us, _ = _tuned(linear().half(), 200 * torch.randn(40_000, 128).half())
+    assert us.keys() == set(PLAIN)
 
 
 def test_random_numbers_of_the_caller_stay(taken: dict[str, float]) -> None:

@@ -79,8 +79,7 @@ class BlockLayer(nn.Module):
             anew: whether to measure what was measured before.
 
         Returns:
-            Microseconds of a step by each way whose results, launched by the host, are right
-            beside float64.
+            Microseconds of a step by each way whose results are right beside float64.
 
         Raises:
             ValueError: the layer is not on a GPU, x does not fit it, is empty or not finite, or

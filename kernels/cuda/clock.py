@@ -16,10 +16,14 @@ _log = logging.getLogger("kernels")
 _FLUSHED = 2**28  # bytes that are read so that nothing else is left in the caches
 
 
-def replayed(call: Call) -> Call:
+def replayed(call: Call, pool: Any = None) -> Call:
     """A call that replays a graph of what `call` does; `call` itself where none can be captured.
 
     The graph reads what `call` read where it was then: hold on to `call` as long.
+
+    Args:
+        call: what is captured.
+        pool: memory that it shares with other graphs (`shared`), which write over its results.
     """
     here, side = torch.cuda.current_stream(), _side(torch.cuda.current_device())
     side.wait_stream(here)
@@ -27,7 +31,7 @@ def replayed(call: Call) -> Call:
         for _ in range(2):  # kernels are loaded, and what PyTorch keeps for a stream is made
             call()
         torch.cuda.synchronize()
-        graph = _captured(call)
+        graph = _captured(call, pool)
     here.wait_stream(side)
     return call if graph is None else graph.replay
 
@@ -42,25 +46,34 @@ def seconds(call: Call, repeat: int, cold: bool = False) -> float:
     return _between(call, repeat, torch.cuda.synchronize) / repeat
 
 
-def in_turn_us(calls: Sequence[Call], rounds: int, cold: bool = True) -> list[float]:
-    """Median microseconds of each call in so many rounds of all of them.
+def shared() -> Any:
+    """Memory that graphs may share, as none is replayed beside another."""
+    return torch.cuda.graph_pool_handle()
+
+
+def in_turn_us(calls: Sequence[Call], rounds: int) -> list[float]:
+    """See `replays_us`, of graphs of these calls, cold."""
+    return replays_us([replayed(call) for call in calls], rounds, cold=True)
+
+
+def replays_us(replays: Sequence[Call], rounds: int, cold: bool) -> list[float]:
+    """Median microseconds of each replay in so many rounds of all of them.
 
     Args:
-        calls: what is timed.
+        replays: what is timed.
         rounds: an odd number, so that a median is one of them.
-        cold: whether caches hold nothing of it; else each call comes behind itself.
+        cold: whether caches hold nothing of it; else each comes behind itself.
     """
-    replays = [replayed(call) for call in calls]
     for replay in replays:
         seconds(replay, 1, cold=True)
-    times: list[list[float]] = [[] for _ in calls]
+    times: list[list[float]] = [[] for _ in replays]
     for _ in range(rounds):
         for series, replay in zip(times, replays, strict=True):
             series.append(_between(replay, 1, _flush if cold else replay) * 1e6)
     return [statistics.median(series) for series in times]
 
 
-def _captured(call: Call) -> torch.cuda.CUDAGraph | None:
+def _captured(call: Call, pool: Any) -> torch.cuda.CUDAGraph | None:
     """A graph of the call on this stream, which is not the default one; None where it cannot be.
 
     As `torch.cuda.graph` does, which first collects garbage and empties PyTorch's cache: a tenth
@@ -70,7 +83,7 @@ def _captured(call: Call) -> torch.cuda.CUDAGraph | None:
     graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
     gc.disable()
     try:
-        graph.capture_begin(capture_error_mode="thread_local")
+        graph.capture_begin(pool, capture_error_mode="thread_local")
         call()
         graph.capture_end()
     except Exception as error:  # whatever it is, the call by itself will say it, or run

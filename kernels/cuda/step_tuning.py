@@ -4,7 +4,6 @@ import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -101,42 +100,45 @@ def _takes(way: Way, index: BlockIndex, case: Case) -> bool:
 
 def _measure(problem: Problem) -> dict[str, float]:
     """Microseconds of a step by each way that is right."""
-    right = {}
     wide = [part.detach().double() for part in (problem.forms[False], problem.x, problem.grad)]
     true = _step(problem.layer, wide[0], wide[1].requires_grad_(), wide[2])
+    flop = 2.0 * problem.case.tokens * problem.case.rows * problem.case.columns
+    count, pool, replays = min(_MOST, 1 + int(_LONG / flop)), clock.shared(), {}
     for name in problem.names:
-        call = partial(problem.step, WAYS[name])
         try:
-            _check(call, true, problem)
-            right[name] = call
+            replays[name] = _replay(problem, WAYS[name], count, pool, true)
         except Exception as error:  # a way that cannot run here, whatever the reason
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             _log.warning("tune: %s is left out: %s", name, reason)
     del true, wide
-    flop = 2.0 * problem.case.tokens * problem.case.rows * problem.case.columns
-    count = min(_MOST, 1 + int(_LONG / flop))
-    calls = [partial(_repeated, call, count) for call in right.values()]
-    us = clock.in_turn_us(calls, ROUNDS, cold=False)
-    return {name: taken / count for name, taken in zip(right, us, strict=True)}
+    us = clock.replays_us(list(replays.values()), ROUNDS, cold=False)
+    return {name: taken / count for name, taken in zip(replays, us, strict=True)}
 
 
-def _check(call: Callable[[], list[Tensor]], true: Sequence[Tensor], problem: Problem) -> None:
-    first = call()  # lives on, so that its memory, and what is right in it, is nobody's
-    poison = [torch.full_like(part, float("nan")) for part in first]
-    del poison  # the allocator gives its memory to the results
-    y, to_x, to_values = call()
-    whole = is_whole(to_values)
+def _replay(
+    problem: Problem, way: Way, count: int, pool: Any, true: Sequence[Tensor]
+) -> Callable[[], object]:
+    """Replays so many steps; raises where they cannot be captured, or the last one is wrong."""
+    held: list[Tensor] = []
+
+    def steps() -> None:
+        for _ in range(count):
+            held[:] = problem.step(way)
+
+    replay = clock.replayed(steps, pool)
+    if replay is steps:
+        raise ValueError("no graph captures it")
+    for part in held:
+        part.fill_(float("nan"))
+    replay()
+    whole = is_whole(held[2])
     wanted = [*true[:2], whole_of(true[2], problem.index) if whole else true[2]]
-    for part, is_true in zip((y, to_x, to_values), wanted, strict=True):
-        within = bound(y.dtype, problem.case.window is not None)
+    for part, is_true in zip(held, wanted, strict=True):
+        within = bound(problem.case.dtype, problem.case.window is not None)
         apart, most = float((part - is_true).norm()), within * float(is_true.norm())
         if not apart <= most:  # nor if it is NaN
             raise ValueError(f"a result lies {apart:.3g} from the true one, {most:.3g} allowed")
-
-
-def _repeated(call: Callable[[], object], count: int) -> None:
-    for _ in range(count):
-        call()
+    return replay
 
 
 def _step(layer: BlockLayer, values: Tensor, x: Tensor, grad: Tensor) -> list[Tensor]:

@@ -65,17 +65,19 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
         gone.extend(name for name, its in WAYS.items() if its == way)
         return step(layer, values, x, grad)
 
-    def in_turn_us(calls: Sequence[Any], rounds: int, cold: bool) -> list[float]:
+    def replays_us(replays: Sequence[Any], rounds: int, cold: bool) -> list[float]:
         found = []
-        for call in calls:
+        for replay in replays:
             gone.clear()
-            call()
+            replay()
             assert len(set(gone)) == 1
             found.append(us[gone[0]] * len(gone))
         return found
 
     monkeypatch.setattr(step_tuning, "_step", met)
-    monkeypatch.setattr(clock, "in_turn_us", in_turn_us)
+    monkeypatch.setattr(clock, "shared", lambda: None)
+    monkeypatch.setattr(clock, "replayed", lambda call, _: lambda: call())
+    monkeypatch.setattr(clock, "replays_us", replays_us)
     return us
 
 
@@ -231,13 +233,39 @@ def test_what_is_wrong_is_left_out(
     assert _tuned(linear(), torch.randn(9, 128))[0].keys() == set(PLAIN)  # as does this one
 
 
+def test_what_cannot_be_captured_is_left_out(
+    taken: dict[str, float], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    captured = iter([True, False, True, True])
+    again: Callable[[Any, Any], Any] = clock.replayed
+    monkeypatch.setattr(
+        clock, "replayed", lambda call, pool: again(call, pool) if next(captured) else call
+    )
+    with caplog.at_level(logging.WARNING, "kernels"):
+        us, _ = _tuned(linear(), torch.randn(9, 128))
+    assert us.keys() == {*PLAIN} - {"blocks, beside"}
+    assert "tune: blocks, beside is left out: no graph captures it" in caplog.text
+
+
+def test_what_a_replay_does_not_write_is_wrong(
+    taken: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def idle(call: Any, pool: Any) -> Any:
+        call()
+        return lambda: None
+
+    monkeypatch.setattr(clock, "replayed", idle)
+    monkeypatch.setattr(clock, "replays_us", lambda replays, *_, **__: [1.0 for _ in replays])
+    assert _tuned(linear(), torch.randn(9, 128))[0] == {}
+
+
 def test_where_nothing_is_right_a_layer_stays_as_it_is(
     taken: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*_: object) -> None:
         raise RuntimeError
 
-    monkeypatch.setattr(step_tuning, "_check", fails)
+    monkeypatch.setattr(step_tuning, "_replay", fails)
     for whole in (False, True):
         us, values = _tuned(linear(whole=whole), torch.randn(9, 128))
         assert us == {} and is_whole(values) == whole

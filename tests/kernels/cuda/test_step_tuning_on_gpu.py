@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import kernels
 from kernels import measured
 from kernels.block_index import is_whole
 from kernels.block_layer import BlockLayer
-from kernels.cuda import step_tuning, ways, whole_grad
+from kernels.cuda import block_conv2d, step_tuning, ways, whole_grad
 from kernels.cuda.ways import WAYS
 from tests.kernels.cuda import captured
 
@@ -48,6 +49,17 @@ def made(kernel: int, dtype: torch.dtype, share: float) -> tuple[BlockLayer, Ten
     return kernels.BlockConv2d.of(conv, (32, 32), mask), x
 
 
+def formed(layer: BlockLayer, tokens: int) -> BlockLayer:
+    """The same without a bias, made by what is known of so many tokens or pixels."""
+    if isinstance(layer, kernels.BlockConv2d):
+        conv = nn.Conv2d(128, 128, 3, padding=1, bias=False, device="cuda", dtype=torch.bfloat16)
+        conv.weight.data.copy_(layer.weight())
+        return kernels.BlockConv2d.of(conv, (32, 32), pixels=tokens)
+    plain = nn.Linear(128, 128, False, device="cuda", dtype=torch.bfloat16)
+    plain.weight.data.copy_(layer.matrix())
+    return kernels.BlockLinear.of(plain, (32, 32), tokens=tokens)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("share", [0.1, 0.7])
 @pytest.mark.parametrize("kernel", [0, 1, 3])
@@ -75,16 +87,25 @@ def test_every_way_is_right_and_the_fastest_is_taken(
 
 @pytest.mark.parametrize("name", WAYS)
 def test_a_captured_step_goes_the_way(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, x = made(0, torch.bfloat16, 0.5)
     way = WAYS[name]
+    layer, x = made(3 if way.searched else 0, torch.bfloat16, 0.5)
     if way.joined and not whole_grad.takes(layer.index, torch.bfloat16):
         pytest.skip("one launch gives both on 9.0")
-    ways.put(ways.case_of(layer.index, x.dtype, len(x)), {name: 1.0})
-    plain = nn.Linear(128, 128, False, device="cuda", dtype=torch.bfloat16)
-    plain.weight.data.copy_(layer.matrix())
-    held = kernels.BlockLinear.of(plain, (32, 32), tokens=len(x))
+    tokens = x[:, 0].numel() if way.searched else len(x)
+    ways.put(
+        ways.case_of(layer.index, x.dtype, tokens, getattr(layer, "window", None)), {name: 1.0}
+    )
+    held = formed(layer, tokens)
     assert is_whole(held.values) == way.whole
+    searched, dense = list[bool](), block_conv2d._dense
+
+    def noted(*given: Any, **rest: Any) -> Tensor:
+        searched.append(given[4])
+        return dense(*given, **rest)
+
+    monkeypatch.setattr(block_conv2d, "_dense", noted)
     captured.steps(held, x.requires_grad_(), way.beside, monkeypatch)
+    assert all(searched) and bool(searched) == way.searched
 
 
 def test_it_is_tuned_under_autocast() -> None:

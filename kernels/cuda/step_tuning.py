@@ -18,7 +18,7 @@ from kernels.cuda.blocks import DTYPES
 from kernels.cuda.rounding import bound
 from kernels.cuda.ways import WAYS, Case, Way
 
-ROUNDS = 11
+ROUNDS = 21  # ways are often within a few per cent of each other
 _LONG, _MOST = 4e10, 32  # FLOP of a product of which one step is measured; more of fewer
 _LOCK = threading.Lock()  # steps are forced to go a way while they are captured
 _log = logging.getLogger("kernels")

@@ -30,7 +30,6 @@ class Problem:
 
     Attributes:
         layer: of blocks.
-        index: of its blocks.
         case: what its times go by.
         x: an input that takes a gradient.
         grad: of the output.
@@ -39,7 +38,6 @@ class Problem:
     """
 
     layer: BlockLayer
-    index: BlockIndex
     case: Case
     x: Tensor
     grad: Tensor
@@ -87,7 +85,7 @@ def _problem(layer: BlockLayer, x: Tensor) -> Problem:
     names = [name for name, way in WAYS.items() if _takes(way, index, case)]
     draw = torch.Generator(y.device).manual_seed(0)
     grad = torch.empty_like(y).normal_(0, case.tokens**-0.5, generator=draw)  # sums stay small
-    return Problem(layer, index, case, x.detach().requires_grad_(), grad, forms, names)
+    return Problem(layer, case, x.detach().requires_grad_(), grad, forms, names)
 
 
 def _takes(way: Way, index: BlockIndex, case: Case) -> bool:
@@ -132,7 +130,7 @@ def _replay(
         part.fill_(float("nan"))
     replay()
     whole = is_whole(held[2])
-    wanted = [*true[:2], whole_of(true[2], problem.index) if whole else true[2]]
+    wanted = [*true[:2], whole_of(true[2], problem.layer.index) if whole else true[2]]
     for part, is_true in zip(held, wanted, strict=True):
         within = bound(problem.case.dtype, problem.case.window is not None)
         apart, most = float((part - is_true).norm()), within * float(is_true.norm())

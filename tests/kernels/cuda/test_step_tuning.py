@@ -120,12 +120,12 @@ def test_rules_ask_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
             assert way.joined or block_linear.fuses(*each) == way.fused
 
 
-@pytest.mark.parametrize("other", ["rule", "tokens", "dtype"])
+@pytest.mark.parametrize("other", ["share", "tokens", "dtype"])
 def test_other_cases_are_not_measured(other: str) -> None:
     index, dtype = linear().index, BF16
     ways.put(case_of(index, dtype, TOKENS), {"whole, joined": 1.0})
     assert ways.fastest(case_of(index, dtype, TOKENS)) == WAYS["whole, joined"]
-    if other == "rule":
+    if other == "share":
         index = linear(0.4).index
     dtype = torch.float16 if other == "dtype" else dtype
     tokens = 2 * TOKENS if other == "tokens" else TOKENS
@@ -163,7 +163,7 @@ def _forget() -> None:
     measured._times.cache_clear()
 
 
-def test_about_as_many_blocks_are_one_case(taken: dict[str, float]) -> None:
+def test_about_as_many_blocks_are_one_case() -> None:
     torch.manual_seed(0)
     indexes = []
     for kept in (2048, 2040, 1800):
@@ -175,7 +175,7 @@ def test_about_as_many_blocks_are_one_case(taken: dict[str, float]) -> None:
     assert ways.fastest(cases[1]) == WAYS["blocks"] and ways.fastest(cases[2]) is None
 
 
-def test_names_that_are_no_ways_are_not_met(tmp_path: Path) -> None:
+def test_names_that_are_no_ways_are_not_met() -> None:
     x, case = torch.randn(9, 128), case_of(linear().index, torch.float32, 9)
     kept = measured.times(x.device)
     kept.put(case.name(), {"by magic": 0.1, "whole": 1.0})

@@ -26,6 +26,8 @@ WIDTH = 160  # characters that a table may be wide, whatever the terminal's widt
 class Progress(Callback):
     """A bar with trials done, the best so far and the time left; a line a trial elsewhere.
 
+    First of all it says where the run lies: a trial may take long.
+
     Args:
         stream: Where to; standard output by default. The bar is drawn on a terminal only.
     """
@@ -41,8 +43,8 @@ class Progress(Callback):
         self._tally = Tally(run)
         for record in run.records.values():
             self._tally.take(record)
-        if run.records:
-            self._say(f"goes on behind {len(run.records)} trials")
+        begun = f", goes on behind {len(run.records)} trials" if run.records else ""
+        self._say(f"run: {run.folder}{begun}")
         self._bar = _bar(self._console, run) if self._console.is_terminal else None
         self._update(run)
 

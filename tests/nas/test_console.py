@@ -34,7 +34,8 @@ def test_rich_is_imported_when_something_is_shown_only() -> None:
 def test_without_a_terminal_every_trial_is_one_line(tmp_path: Path) -> None:
     stream = StringIO()
     run = small_run(tmp_path / "run", 3, [Progress(stream)])
-    lines = stream.getvalue().splitlines()
+    first, *lines = stream.getvalue().splitlines()
+    assert first == f"run: {tmp_path / 'run'}"
     assert [line.split(";")[0] for line in lines] == [
         f"[{i + 1}/3] trial {i} ok" for i in range(3)
     ]
@@ -47,7 +48,7 @@ def test_a_resumed_search_goes_on_with_the_best_so_far(tmp_path: Path) -> None:
     stream = StringIO()
     small_run(tmp_path / "run", 3, [Progress(stream)], resume=True)
     first, last = stream.getvalue().splitlines()
-    assert first == "goes on behind 2 trials"
+    assert first == f"run: {tmp_path / 'run'}, goes on behind 2 trials"
     assert last.startswith("[3/3] trial 2 ok")
     told = float(last.split("best error ")[1].split(",")[0])
     assert told <= min(r.result.metrics["error"] for r in before.usable()) + 1e-4

@@ -190,7 +190,8 @@ def test_ctrl_c_ends_cleanly_and_the_run_can_go_on(tmp_path: Path) -> None:
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )
     assert process.stdout is not None
-    process.stdout.readline()
+    assert process.stdout.readline() == f"run: {folder}\n"
+    process.stdout.readline()  # a trial
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130 and "--resume" in out and "Traceback" not in err

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ Make = Callable[[Tensor], Call]  # from a copy of the masked weight
 ROTATED = 240e6  # bytes of copies of a weight that run in turn, so that each comes from memory
 MOST = 256  # copies
 ROUNDS, REPLAYS = 11, 4
+BEHIND = 0.97  # times dense
 PEER_CALLS = 4  # of another's kernel in a graph: some are a hundred times slower
 HEAD = (
     f"{'operation':24} {'shape':30} {'pattern':12} {'zeros':>5} {'us':>8} {'dense us':>8} "
@@ -75,7 +76,10 @@ class Work:
 
 @dataclass(frozen=True)
 class Row:
-    """A case and what was measured, microseconds a call in a replayed graph."""
+    """A case and what was measured, microseconds a call in a replayed graph.
+
+    Of several measurements the middle one; `ratios` are those of all.
+    """
 
     operation: str
     shape: str
@@ -91,6 +95,7 @@ class Row:
     bytes_per_s: float | None = None
     flop_per_s: float | None = None
     pack_ms: float | None = None
+    ratios: tuple[float, ...] = ()
 
 
 def card() -> Card:
@@ -131,6 +136,20 @@ def measure(work: Work, on: Card) -> Row:
         work.flop / ours * 1e6,
         work.pack_ms,
     )
+
+
+def settled(make: Callable[[], Work], on: Card) -> Row:
+    """Times a case; where it seems to be behind dense twice more, made anew: their middle.
+
+    One in a hundred that are as fast as dense seems behind: where copies lie counts by 3 %.
+    """
+    rows = [measure(make(), on)]
+    if (rows[0].ratio or 1) < BEHIND:
+        rows += [measure(make(), on) for _ in range(2)]
+    wrong = [row for row in rows if row.ratio is None]
+    ratios = tuple(row.ratio for row in rows if row.ratio is not None)
+    found = sorted(rows, key=lambda row: row.ratio or 0)[len(rows) // 2]
+    return wrong[0] if wrong else replace(found, ratios=ratios)
 
 
 def _turn(make: Make, work: Work, most: int, like: Tensor | None) -> Any:

@@ -33,9 +33,9 @@ from scripts.gpu_timing import (
     card,
     close,
     line,
-    measure,
     milliseconds,
     rotated,
+    settled,
 )
 
 MANY, PIXELS = 8, 20  # calls in a graph where copies are not rotated, of a convolution
@@ -222,7 +222,7 @@ def run(args: argparse.Namespace) -> int:
     with torch.no_grad():
         for case in chosen:
             if args.only in str(case):
-                rows.append(measure(case.work(), on))
+                rows.append(settled(case.work, on))
                 print(line(rows[-1]), flush=True)
                 if args.json:  # after every row: time on such a machine may end
                     found = {"card": asdict(on), "rows": [asdict(row) for row in rows]}

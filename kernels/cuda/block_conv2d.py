@@ -19,6 +19,7 @@ ONE = (1, 1)
 _SLOWER = 1.17  # times as long as a linear layer of as many multiply-adds
 _LITTLE = 2e9  # FLOP; of fewer, cuDNN leaves room for a gradient beside another
 _LEAST = 5e8  # of fewer, what cuDNN's benchmark takes leaves none
+_LARGE = 1e10  # of as many, products beside each other gain less than what a search may find
 _NARROW = 1.6  # times as long as their multiply-adds say cuDNN's take of fewer than 128 channels
 _SWITCH = Lock()  # autograd has a thread for each device
 
@@ -173,9 +174,15 @@ def _dense_us(index: BlockIndex, dtype: torch.dtype, pixels: int, part: str) -> 
 
 
 def _searched(values: Tensor, index: BlockIndex, pixels: int, window: Window) -> bool:
-    """Whether cuDNN is to search for the fastest, as was measured."""
-    way = ways.fastest(ways.case_of(index, values.dtype, pixels, window), is_whole(values))
-    return way is not None and way.searched
+    """Whether cuDNN is to search for the fastest: as was measured, else by a rule of thumb.
+
+    Where its benchmark is on, as of PyTorch's dense layers, so that these are no faster; but of
+    what is small it takes what leaves no room beside it.
+    """
+    if way := ways.fastest(ways.case_of(index, values.dtype, pixels, window), is_whole(values)):
+        return way.searched
+    large = _flop(index, pixels) >= _LARGE and values.dtype.itemsize == 2
+    return large and torch.backends.cudnn.benchmark
 
 
 def _dense(

@@ -23,8 +23,9 @@ _PAYS, _PAYS_SMALL = 0.98, 1.04
 _SMALL = 2**23  # weights
 # Microseconds of the multiply-adds of a dense product, up to which one beside it takes less time
 # than behind it; of a whole gradient by one kernel, which holds what it has of a GPU to its end,
-# of up to so many tokens, or thread blocks (half of an H200).
-_ROOM, _ROOM_FUSED, _SOON, _HALF = 133, 3.67, 256, 66
+# of up to so many tokens, or thread blocks (half of an H200); or of so long a product at least and
+# fewer thread blocks than an H200 holds, which then have a tile each.
+_ROOM, _ROOM_FUSED, _SOON, _HALF, _LONG, _ALL = 133, 3.67, 256, 66, 8, 132
 # Of the time of one after the other, up to which one launch of both gradients pays; less where
 # they have room beside each other, and of up to so many weights, which leave more of it; of so
 # many multiply-adds that the clock falls; of so few tokens that writing the weight's binds.
@@ -146,8 +147,12 @@ def room(
     if way := ways.fastest(ways.case_of(index, dtype, tokens, window), whole):
         return way.beside
     by_pixels = whole and (window is None or window.of_pixels)  # `masked_grad` is the gradient
-    if by_pixels and fits(index, dtype) and joins(index, dtype, tokens):
-        return False
+    if by_pixels and fits(index, dtype):
+        if joins(index, dtype, tokens):
+            return False
+        needed = step_time.compute(index, dtype, tokens)
+        if _LONG <= needed <= _ROOM and fuses(index, dtype, tokens):
+            return whole_grad.plan(index, tokens).blocks < _ALL
     return _beside(index, dtype, tokens, by_pixels)
 
 

@@ -1,6 +1,8 @@
+from typing import Any
+
 import pytest
 
-from scripts import bench_kernels, kernels_on_gpu, options, training_on_gpu
+from scripts import bench_kernels, gpu_timing, kernels_on_gpu, options, training_on_gpu
 
 
 def test_drawn_cases_are_the_same_in_every_run_and_divide_into_their_blocks() -> None:
@@ -52,3 +54,30 @@ def test_what_does_not_go_together_is_refused(
     with pytest.raises(SystemExit):
         bench_kernels.main(given)
     assert law in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("ratios", "ratio"),
+    [
+        ((0.97,), 0.97),
+        ((0.96, 1.2, 1.0), 1.0),  # it was spread
+        ((0.96, 0.95, 1.0), 0.96),  # it was not
+        ((0.96, None, 1.0), None),
+        ((None,), None),
+    ],
+)
+def test_what_seems_behind_dense_is_measured_twice_more(
+    ratios: tuple[float | None, ...], ratio: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = list(ratios)
+
+    def measure(work: gpu_timing.Work, on: gpu_timing.Card) -> gpu_timing.Row:
+        found = left.pop(0)
+        return gpu_timing.Row("", "", "", 0.5, found is not None, ratio=found)
+
+    monkeypatch.setattr(gpu_timing, "measure", measure)
+    card: Any = None
+    row = gpu_timing.settled(lambda: card, card)
+    assert not left
+    assert row.ratio == ratio and row.correct == (ratio is not None)
+    assert row.ratios == (ratios if ratio else ())

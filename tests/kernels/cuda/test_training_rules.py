@@ -143,6 +143,8 @@ def test_gradients_beside_each_other(
         (512, 4096, 512, False),  # of 128 thread blocks: a step 20.9 us, in turn 20.3
         (256, 4096, 512, True),  # they end soon
         (2048, 256, 768, True),  # of 48: both 7.8 us, in turn 11.7
+        (2048, 8192, 256, True),  # of 128, each with a tile for long: a step 58.6 us, in turn 60.0
+        (512, 8192, 768, False),  # of 132, tile after tile: 42.3, 41.0
     ],
 )
 def test_a_gradient_of_one_kernel_beside_another(
@@ -301,6 +303,30 @@ def test_a_convolution_of_pixels_takes_the_launch_of_a_linear_layer(
     grad = torch.empty(4, 256, *Window(*sides).out((14, 14)), dtype=torch.bfloat16)
     values = torch.empty(whole_shape(index))
     assert op._room(grad, x, values, index.lists, index.groups, walk=sides) == room
+
+
+@pytest.mark.parametrize(
+    ("pixels", "dtype", "benchmark", "searched"),
+    [
+        (64 * 56**2, torch.bfloat16, True, True),  # a step 275 us, by heuristics 287, dense 269
+        (64 * 56**2, torch.bfloat16, False, False),  # as dense
+        (64 * 56**2, torch.float32, True, False),
+        (4 * 14**2, torch.bfloat16, True, False),  # little
+    ],
+)
+@pytest.mark.parametrize("whole", [False, True])
+def test_cudnn_searches_for_large_products(
+    pixels: int,
+    dtype: torch.dtype,
+    benchmark: bool,
+    searched: bool,
+    whole: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", benchmark)
+    index, window = index_of(128, 16, 0.2, 9), Window((3, 3), (1, 1), (1, 1), (1, 1))
+    values = torch.empty(whole_shape(index) if whole else (1, *index.block), dtype=dtype)
+    assert block_conv2d._searched(values, index, pixels, window) == searched
 
 
 @pytest.mark.parametrize("benchmark", [False, True])

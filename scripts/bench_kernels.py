@@ -155,6 +155,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--tuned", action="store_true", help="those drawn or that train, by measurement"
     )
+    parser.add_argument("--ways", action="store_true", help="those that train by each way, too")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
     for name, count in (("--drawn", args.drawn), ("--training", args.training)):
@@ -164,6 +165,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"{name} goes with --device cuda")
     if args.tuned and not args.drawn and not args.training:
         parser.error("--tuned goes with --drawn or --training")
+    if args.ways and not args.training:
+        parser.error("--ways goes with --training")
     return args
 
 

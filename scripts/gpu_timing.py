@@ -56,6 +56,7 @@ class Work:
         bytes: of weights and activations that are left.
         flop: two for a multiply-add that is left.
         pack_ms: how long packing took.
+        peer_calls: a graph's calls for each peer.
     """
 
     operation: str
@@ -72,6 +73,7 @@ class Work:
     bytes: float
     flop: float
     pack_ms: float | None = None
+    peer_calls: int = PEER_CALLS
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def measure(work: Work, on: Card) -> Row:
     if not work.correct:
         return Row(*named)
     makes = {"ours": work.ours, "dense": work.dense, **work.peers}
-    most = {name: work.calls if name in ("ours", "dense") else PEER_CALLS for name in makes}
+    most = {name: work.calls if name in ("ours", "dense") else work.peer_calls for name in makes}
     like = _alone(work.ours(work.weight)())
     turns = {n: turn for n, make in makes.items() if (turn := _turn(make, work, most[n], like))}
     times = us([turn[0] for turn in turns.values()])

@@ -9,7 +9,7 @@ import os
 import random
 import statistics
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
@@ -217,7 +217,7 @@ def run(args: argparse.Namespace) -> int:
     named: Any = chain(cases(args.sparsity), training_on_gpu.cases(args.sparsity))
     chosen: Any = drawn(args.drawn, args.tuned) if args.drawn else named
     if args.training:
-        chosen = training_on_gpu.drawn(args.training, WIDTHS, SHARES, args.tuned)
+        chosen = training_on_gpu.drawn(args.training, WIDTHS, SHARES, args.tuned, args.ways)
     print(on, HEAD, sep="\n", flush=True)
     with torch.no_grad():
         for case in chosen:
@@ -232,7 +232,16 @@ def run(args: argparse.Namespace) -> int:
     if (args.drawn or args.training) and ratios:
         slowest = ", ".join(f"{ratio:.3f}" for ratio in ratios[:3])
         print(f"{len(ratios)} drawn: slowest {slowest}, median {statistics.median(ratios):.2f}")
+    if args.ways and ratios:
+        longer = [_longer(row.us, row.peers_us) for row in rows if row.us and row.peers_us]
+        mean, most = statistics.mean(longer), max(longer)
+        print(f"{mean:.3f} times as long as by the fastest way, {most:.3f} at most")
     return 0 if all(row.correct for row in rows) else 1
+
+
+def _longer(us: float, ways_us: Mapping[str, float]) -> float:
+    """How many times as long as by the fastest way a step took."""
+    return us / min(us, *ways_us.values())
 
 
 def _linear(x: Tensor, data: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,9 @@ from torch.nn import functional as F
 
 import kernels
 from kernels.block_index import flat, gather, is_whole, scatter, whole_of
-from scripts.gpu_timing import Work, block_mask, close
+from kernels.cuda import step_tuning
+from kernels.cuda.ways import WAYS, Way
+from scripts.gpu_timing import Make, Work, block_mask, close
 
 Step = Callable[[], Sequence[Tensor]]
 Layer = kernels.BlockLinear | kernels.BlockConv2d
@@ -124,6 +127,7 @@ class Training:
     of: Linear | Conv2d
     sparsity: float
     tuned: bool = False
+    ways: bool = False
 
     @property
     def pattern(self) -> str:
@@ -155,9 +159,10 @@ class Training:
             calls,
             lambda _: ours,
             lambda _: dense,
-            {},
+            _ways(layer, x) if self.ways else {},
             products * (x.nbytes + grad.nbytes + kept.nbytes),
             products * flop * kept.numel(),
+            peer_calls=calls,
         )
 
     def _steps(self, layer: Layer, x: Tensor, grad: Tensor) -> tuple[Step, Step]:
@@ -185,6 +190,16 @@ class Training:
         return all(close(y.detach(), t.detach()) for y, t in zip(found, wanted, strict=True))
 
 
+def _ways(layer: Layer, x: Tensor) -> dict[str, Make]:
+    """A step by each way that there is, whatever would be chosen."""
+    problem = step_tuning.problem_of(layer, x)
+
+    def made(way: Way) -> Make:
+        return lambda _: partial(problem.step, way)
+
+    return {name: made(WAYS[name]) for name in problem.names}
+
+
 def _forward_and_backward(
     forward: Callable[[], Tensor], given: Sequence[Tensor], grad: Tensor
 ) -> list[Tensor]:
@@ -202,12 +217,18 @@ def cases(sparsities: Sequence[float]) -> Iterator[Training]:
 
 
 def drawn(
-    count: int, widths: Sequence[int], shares: Sequence[float], tuned: bool
+    count: int, widths: Sequence[int], shares: Sequence[float], tuned: bool, ways: bool
 ) -> Iterator[Training]:
     """Layers that train, of any of these widths and shares of zeros, the same in every run.
 
-    Forward and backward: how a layer holds its weight is chosen for all of a step; `tuned`: by
-    measurement (`BlockLayer.tune`), not by a rule of thumb.
+    Forward and backward: how a layer holds its weight is chosen for all of a step.
+
+    Args:
+        count: of layers.
+        widths: of their weights.
+        shares: of zeros.
+        tuned: it is chosen by measurement (`BlockLayer.tune`), not by a rule of thumb.
+        ways: every way is timed beside it.
     """
     draw, left = random.Random(0), count
     while left:
@@ -223,4 +244,4 @@ def drawn(
             blocks = rows // block * (columns // block)
         if round((1 - share) * blocks):  # some block is kept
             left -= 1
-            yield Training(ALL, of, share, tuned)
+            yield Training(ALL, of, share, tuned, ways)

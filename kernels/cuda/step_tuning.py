@@ -59,7 +59,7 @@ def tune(layer: BlockLayer, x: Tensor, anew: bool) -> tuple[Tensor, dict[str, fl
         )
     here: Any = torch.cuda.device_of
     with _LOCK, torch.inference_mode(False), here(x):
-        problem = _problem(layer, x.clone() if x.is_inference() else x)
+        problem = problem_of(layer, x.clone() if x.is_inference() else x)
         case, us = problem.case, ways.times(problem.case)
         if anew or us.keys() != set(problem.names):  # what failed is tried again
             us = _measure(problem)
@@ -73,7 +73,8 @@ def tune(layer: BlockLayer, x: Tensor, anew: bool) -> tuple[Tensor, dict[str, fl
         return problem.forms[whole], dict(us)
 
 
-def _problem(layer: BlockLayer, x: Tensor) -> Problem:
+def problem_of(layer: BlockLayer, x: Tensor) -> Problem:
+    """A step of a layer with such an input; raises as `BlockLayer.tune`."""
     index, window = layer.index, getattr(layer, "window", None)
     with torch.no_grad():
         y = layer(x)

@@ -38,7 +38,7 @@ def test_a_job_searches_on_the_cluster_that_it_was_sent_to(tmp_path: Path) -> No
             env=environment,
             capture_output=True,
             text=True,
-            timeout=150,
+            timeout=300,
         )
     assert job.returncode == 0, job.stdout + job.stderr
     assert [event["status"] for event in told(out).values()] == ["ok", "ok"]
